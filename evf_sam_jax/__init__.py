@@ -1,0 +1,1 @@
+"""EVF-SAM in JAX/Flax: text-prompted segmentation, trained, evaluated, converted and served."""

@@ -1,0 +1,1 @@
+"""The tests; a package so that one test file can import another's helpers by name."""

@@ -1,0 +1,39 @@
+"""How every test runs: eight CPU devices, strict shapes, exact matrix products, and the tiers.
+
+`pytest` runs what needs neither torch nor minutes; `pytest -m torch` compares with the PyTorch
+originals; `pytest -m slow` runs full-size models and real training. A test marked with both
+belongs to the slow tier. A test file of the torch tier imports torch inside its tests or fixtures,
+so that the file can be collected without it.
+"""
+
+import os
+
+# Before jax is imported, and for the commands that tests start as processes. Set it to something
+# else to run the tests on an accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+from tests.parity import originals
+
+# Sharding is tested with eight devices; code that names none runs on the first, as fast as before.
+jax.config.update("jax_num_cpu_devices", 8)
+# [3] + [2, 3] is an error: a broadcast that was meant is written as such.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Float32 products on accelerators are otherwise done in TF32 or bfloat16.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps slow tests out of `-m torch`, and says why a torch test cannot run."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    missing = originals.missing_originals()
+    if missing:
+        reason = f"{', '.join(missing)} not installed: run tests/install_parity.sh"
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason=reason))
