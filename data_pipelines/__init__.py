@@ -1,0 +1,1 @@
+"""From files to `Batch`: reading, resizing, tokenising, masks; NumPy only, no device."""

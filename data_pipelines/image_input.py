@@ -1,0 +1,178 @@
+"""An image file to pixels, and pixels to what each of the two towers takes; prediction uses the
+same code.
+
+Ported from hustvl/EVF-SAM inference.py:42-91,172-173 and
+model/segment_anything/utils/transforms.py:27-34,103-113 at 9935dc5. Both resizes are reproduced in
+NumPy and Pillow without torch.
+
+Differences: a side never shrinks below one pixel (the original fails there); the segmenter's image
+stays uint8 and is padded with zeros here, since normalisation and the padding with the mean happen
+on the device.
+"""
+
+import functools
+import os
+import warnings
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from evf_sam_jax.errors import UserError
+
+# Beyond this Pillow calls a file a decompression bomb; it is checked on the header, before anything
+# is decoded.
+MAX_PIXELS = 178_956_970
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_CUBIC_A = np.float32(-0.75)  # torch's; Pillow and JAX use -0.5
+
+
+def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a file as upright 8-bit RGB, as `cv2.imread` and a swap to RGB do.
+
+    EXIF orientation is applied, alpha dropped (not blended), 16 bits keep their upper 8, palettes
+    and greys are expanded, CMYK is converted, of an animation the first frame is taken. Equal to
+    OpenCV 5.0 on PNG, JPEG, WebP, BMP, GIF and 8-bit TIFF; CMYK JPEG and 16-bit colour TIFF differ
+    by up to 1.
+
+    Raises:
+      UserError: the file is missing, a directory, empty, truncated, no image, or of more than
+        `max_pixels` pixels.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: expected an image file, found nothing there")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: expected an image file, found a directory")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{path}: expected an image file, found an empty one")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half of its limit; the limit below is ours.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: expected at most {max_pixels:,} pixels, found more") from None
+    except PermissionError:
+        raise UserError(f"{path}: expected a readable image file, found no permission") from None
+    except Exception as error:  # each decoder raises its own
+        raise UserError(f"{path}: expected an image file, found something else") from error
+    with opened:
+        if opened.width * opened.height > max_pixels:
+            size = f"{opened.width} x {opened.height}"
+            raise UserError(f"{path}: expected at most {max_pixels:,} pixels, found {size}")
+        try:
+            return np.asarray(_upright(_to_rgb(opened), opened))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # each decoder raises its own
+            raise UserError(f"{path}: expected a whole image, found a broken one") from error
+
+
+def sam_size(height: int, width: int, frame: int = 1024) -> tuple[int, int]:
+    """Height and width after the longest side is scaled to `frame`."""
+    scale = frame / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def sam_input(
+    image: UInt8[np.ndarray, "h w 3"], frame: int = 1024
+) -> tuple[UInt8[np.ndarray, "S S 3"], tuple[int, int]]:
+    """The segmenter's image: longest side to `frame` by Pillow's bilinear filter, top-left in
+    zeros.
+
+    Returns:
+      The frame, and the height and width of its content.
+    """
+    height, width = sam_size(*image.shape[:2], frame=frame)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    framed = np.zeros((frame, frame, 3), np.uint8)
+    framed[:height, :width] = np.asarray(resized)
+    return framed, (height, width)
+
+
+def encoder_input(
+    image: UInt8[np.ndarray, "h w 3"], size: int = 224
+) -> Float32[np.ndarray, "size size 3"]:
+    """The multimodal encoder's image: to [0, 1], bicubic to size x size, then (x - 0.5) / 0.5.
+
+    The bicubic filter is torch's `F.interpolate(mode="bicubic", align_corners=False)` without
+    antialias: a = -0.75, edges repeated, values overshoot [-1, 1]. Only the 4 x 4 pixels under each
+    output pixel are touched.
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        pixels = _to_unit(image)
+    else:
+        rows, row_weights = _cubic_taps(height, size)
+        columns, column_weights = _cubic_taps(width, size)
+        picked = image[rows.reshape(-1)]
+        # Columns first, then rows, one tap after the other: torch's order of rounding.
+        lines = _weighted_sum(
+            [_to_unit(picked[:, columns[:, tap]]) for tap in range(4)], column_weights[..., None]
+        ).reshape(size, 4, size, 3)
+        pixels = _weighted_sum([lines[:, tap] for tap in range(4)], row_weights[..., None, None])
+    return (pixels - np.float32(0.5)) / np.float32(0.5)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey (Pillow keeps the upper byte of 16-bit RGB itself)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise UserError("expected at most 16 bits a pixel, found 32")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UserError("expected 8 or 16 bits a pixel, found floating point")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    try:
+        orientation = source.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+@functools.lru_cache(maxsize=512)
+def _cubic_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """The 4 source indices and weights of each target pixel, [target, 4]; float32 as in torch."""
+    # The scale is rounded to float32, the position once: torch's compiled code uses a fused
+    # multiply-add, and without it a position is off by up to 1e-4 of the result.
+    scale = np.float64(np.float32(source) / np.float32(target))
+    position = (scale * (np.arange(target) + 0.5) - 0.5).astype(np.float32)
+    first = np.floor(position)
+    t = position - first
+    a, one = _CUBIC_A, np.float32(1)
+
+    def near(x: np.ndarray) -> np.ndarray:  # |x| <= 1
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: np.ndarray) -> np.ndarray:  # 1 < |x| < 2
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    weights = np.stack([far(t + one), near(t), near(one - t), far(one - t + one)], axis=1)
+    indices = first.astype(np.int64)[:, None] + np.arange(-1, 3)
+    return np.clip(indices, 0, source - 1), weights.astype(np.float32)
+
+
+def _to_unit(image: np.ndarray) -> np.ndarray:
+    return image.astype(np.float32) / np.float32(255)
+
+
+def _weighted_sum(taps: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """The sum of 4 taps, each times `weights[:, tap]` as far as that broadcasts."""
+    total = taps[0] * weights[:, 0]
+    for tap in (1, 2, 3):
+        total += taps[tap] * weights[:, tap]
+    return total
