@@ -1,0 +1,1 @@
+"""The neural networks: the only package that knows Flax modules."""

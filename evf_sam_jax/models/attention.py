@@ -1,0 +1,112 @@
+"""Softmax attention: the one door through which every tower attends.
+
+Scores are never kept whole where they are large. A frame of 64 x 64 tokens and 16 heads has a
+gigabyte of them, and on a CPU writing that out and reading it back costs more than the matrix
+products do, so they are computed in tiles that stay in the cache (`benchmarks/image_encoder.py`).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Scores computed at a time, by backend: 4 MiB of float32 fit a core's cache; an accelerator only
+# needs its memory bounded.
+TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
+# Below this many scores in total, tiles cost more than they save.
+SMALL_SCORES = 2**23
+
+
+def attend(
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b s h d"],
+    value: Float[Array, "b s h d"],
+    *,
+    scale: float,
+    key_valid: Bool[Array, "b s"] | None = None,
+) -> Float[Array, "b q h d"]:
+    """Returns softmax(scale q.k) v; softmax in float32, products in the dtype of `query`.
+
+    Keys where `key_valid` is false get no weight. A row without any valid key attends evenly, so
+    that padding never turns into NaN.
+    """
+    scores = jnp.einsum("bqhd,bshd->bhqs", query * scale, key, preferred_element_type=jnp.float32)
+    if key_valid is not None:
+        lowest = jnp.finfo(jnp.float32).min
+        scores = jnp.where(key_valid[:, None, None, :], scores, lowest)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    return jnp.einsum("bhqs,bshd->bqhd", weights, value)
+
+
+def attend_square(
+    query: Float[Array, "n t d"],
+    key: Float[Array, "n t d"],
+    value: Float[Array, "n t d"],
+    bias_h: Float[Array, "n t s"],
+    bias_w: Float[Array, "n t s"],
+    *,
+    scale: float,
+) -> Float[Array, "n t d"]:
+    """Returns softmax(scale q.k + bias) v over a square of s x s = t tokens, tile by tile.
+
+    Softmax is computed in float32, products in the dtype of `query`.
+
+    Args:
+      query: one row per head of each image or window.
+      bias_h: added to the scores of all keys in a row of the square.
+      bias_w: added to the scores of all keys in a column of the square.
+    """
+    n, tokens, width = query.shape
+
+    def attend_tile(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
+        q, k, v, h, w = tile
+        scores = jnp.einsum("rqd,rkd->rqk", q, k, preferred_element_type=jnp.float32)
+        bias = h[..., :, None].astype(jnp.float32) + w[..., None, :].astype(jnp.float32)
+        scores = scores + bias.reshape(scores.shape)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        context = jnp.einsum(
+            "rqk,rkd->rqd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
+        )
+        return (context / total).astype(q.dtype)
+
+    query = query * scale
+    rows, block = tile_shape(n, tokens, jax.default_backend())
+    if (rows, block) == (n, tokens):
+        return attend_tile((query, key, value, bias_h, bias_w))
+
+    def blocks(x: Float[Array, "n t c"]) -> Float[Array, "g r q c"]:
+        x = x.reshape(n // rows, rows, tokens // block, block, x.shape[-1])
+        return x.swapaxes(1, 2).reshape(-1, rows, block, x.shape[-1])
+
+    def attend_block(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
+        q, h, w, first = tile
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first, rows) for x in (key, value))
+        return attend_tile((q, k, v, h, w))
+
+    first = jnp.repeat(jnp.arange(0, n, rows), tokens // block)
+    context = jax.lax.map(attend_block, (blocks(query), blocks(bias_h), blocks(bias_w), first))
+    context = context.reshape(n // rows, tokens // block, rows, block, width).swapaxes(1, 2)
+    return context.reshape(n, tokens, width)
+
+
+def tile_shape(n: int, tokens: int, backend: str) -> tuple[int, int]:
+    """Returns how many of `n` rows, and how many queries of each, are attended at a time.
+
+    Both divide what they cut, and whole rows come first.
+    """
+    if n * tokens * tokens <= SMALL_SCORES:
+        return n, tokens
+    budget = TILE_SCORES.get(backend, TILE_SCORES["gpu"])
+    rows = largest_divisor(n, budget // (tokens * tokens))
+    block = tokens if tokens * tokens <= budget else largest_divisor(tokens, budget // tokens)
+    return rows, block
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of `number` that is at most `limit`, or 1."""
+    divisors = (d for d in range(1, math.isqrt(number) + 1) if number % d == 0)
+    return max(
+        (d for pair in ((d, number // d) for d in divisors) for d in pair if d <= limit), default=1
+    )

@@ -1,0 +1,374 @@
+"""BEiT-3, the early-fusion encoder: one transformer over image patches and text together.
+
+Reference: torchscale 0.2.0, `model/BEiT3.py`, `architecture/encoder.py`,
+`component/multihead_attention.py`, `component/multiway_network.py`, as configured by
+`model/unilm/beit3/modeling_utils.py` of hustvl/EVF-SAM at 9935dc5.
+
+Differences:
+  - The two modalities travel as a pair of arrays instead of one array with a split position.
+  - All layers but the last are stacked and scanned; the last one can compute only the tokens that
+    are read out.
+  - `fusion` and `readout` choose what the paper's Tables 3 and 5 compare. Late fusion attends
+    within each modality, which equals two single-modality passes.
+  - Parameters that never influence the output (`mask_token`) don't exist here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from evf_sam_jax.models.attention import attend
+from evf_sam_jax.models.layers import (
+    TORCH_NORMAL,
+    PatchConv,
+    dense,
+    gelu_float32,
+    layer_norm,
+)
+
+Fusion = Literal["text", "late", "early"]
+Readout = Literal["image_cls", "text_cls", "image_mean", "concat"]
+
+LAYER_NORM_EPSILON = 1e-5  # torchscale architecture/config.py
+POSITION_OFFSET = 2  # fairseq: rows 0 and 1 of both position tables are never used
+
+
+@dataclasses.dataclass(frozen=True)
+class Beit3Config:
+    """Sizes of a BEiT-3 encoder, and how it fuses image and text.
+
+    Attributes:
+      fusion: `early`: all tokens attend to each other; `late`: each modality to itself; `text`:
+        there is no image.
+      readout: the prompt feature: the image [CLS] token (the released models), the text's `<s>`,
+        the mean of the patch tokens, or image [CLS] and `<s>` concatenated along channels.
+      init_stddev: of the truncated normal that draws weights where no checkpoint is loaded.
+      dtype: of activations and matrix products.
+      remat: recompute each layer in the backward pass.
+    """
+
+    width: int
+    heads: int
+    layers: int
+    mlp_width: int
+    vocab_size: int = 64010
+    image_size: int = 224
+    patch_size: int = 16
+    max_text_positions: int = 1024
+    fusion: Fusion = "early"
+    readout: Readout = "image_cls"
+    init_stddev: float = 0.02
+    dtype: str = "bfloat16"
+    remat: bool = False
+
+    @classmethod
+    def base(cls) -> "Beit3Config":
+        """`beit3_base_patch16_224`."""
+        return cls(width=768, heads=12, layers=12, mlp_width=3072)
+
+    @classmethod
+    def large(cls) -> "Beit3Config":
+        """`beit3_large_patch16_224`, the encoder of the released EVF-SAM models."""
+        return cls(width=1024, heads=16, layers=24, mlp_width=4096)
+
+    @classmethod
+    def tiny(cls) -> "Beit3Config":
+        """An encoder for tests and for the embedded dataset."""
+        return cls(
+            width=64,
+            heads=4,
+            layers=3,
+            mlp_width=128,
+            vocab_size=128,
+            image_size=32,
+            patch_size=8,
+            max_text_positions=32,
+            init_stddev=0.1,
+            dtype="float32",
+        )
+
+    @property
+    def patches(self) -> int:
+        """Number of image patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest phrase, `<s>` and `</s>` included, that the text positions can hold."""
+        return self.max_text_positions - POSITION_OFFSET
+
+    @property
+    def prompt_width(self) -> int:
+        """Channels of the prompt feature."""
+        return 2 * self.width if self.readout == "concat" else self.width
+
+
+# Image tokens ([CLS] first) and text tokens; None where the modality is absent.
+Streams = tuple[Float[Array, "n _ d"] | None, Float[Array, "n _ d"] | None]
+BRANCHES = ("vision", "text")
+
+
+def each(function: Callable[[str, Array], Array], streams: Streams) -> Streams:
+    """Applies `function(branch, tokens)` to each modality that is there."""
+    vision, text = streams
+    return (
+        None if vision is None else function("vision", vision),
+        None if text is None else function("text", text),
+    )
+
+
+class MultiwayDense(nn.Module):
+    """A Linear layer of its own for each modality."""
+
+    config: Beit3Config
+    features: int
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        stddev = self.config.init_stddev
+        init = nn.initializers.truncated_normal(stddev, lower=-1.0, upper=1.0)
+        return each(
+            lambda name, x: dense(name, self.features, self.config.dtype, True, init)(x), streams
+        )
+
+
+class MultiwayNorm(nn.Module):
+    """A LayerNorm of its own for each modality."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        return each(
+            lambda name, x: layer_norm(name, LAYER_NORM_EPSILON, self.config.dtype)(x), streams
+        )
+
+
+class FeedForward(nn.Module):
+    """One modality's expert: fc1, GELU, LayerNorm over the hidden width (sub-LN), fc2."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
+        config = self.config
+        init = nn.initializers.truncated_normal(config.init_stddev, lower=-1.0, upper=1.0)
+        x = dense("fc1", config.mlp_width, config.dtype, True, init)(x)
+        x = layer_norm("ffn_layernorm", LAYER_NORM_EPSILON, config.dtype)(gelu_float32(x))
+        return dense("fc2", config.width, config.dtype, True, init)(x)
+
+
+class MultiwayFeedForward(nn.Module):
+    """A feed-forward expert of its own for each modality."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Streams:
+        return each(lambda name, x: FeedForward(self.config, name=name)(x), streams)
+
+
+def split_heads(x: Float[Array, "n t d"], heads: int) -> Float[Array, "n t h c"]:
+    """Splits the channels of each token into heads."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class MultiwaySelfAttention(nn.Module):
+    """Attention over all tokens; only the projections are each modality's own."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, queries: Streams, text_valid: Bool[Array, "n t"]
+    ) -> Streams:
+        """Attends from `queries` (tokens of `streams`, or fewer) to all tokens of `streams`."""
+        config = self.config
+        q = MultiwayDense(config, config.width, name="q_proj")(queries)
+        k = MultiwayDense(config, config.width, name="k_proj")(streams)
+        v = MultiwayDense(config, config.width, name="v_proj")(streams)
+        present = {
+            name: (keys, values, text_valid if name == "text" else jnp.ones(keys.shape[:2], bool))
+            for name, keys, values in zip(BRANCHES, k, v, strict=True)
+            if keys is not None and values is not None
+        }
+
+        if config.fusion == "late":
+            context = each(lambda name, asking: self.attend(asking, *present[name]), q)
+        else:
+            asking = jnp.concatenate([x for x in q if x is not None], axis=1)
+            all_of = (jnp.concatenate(x, axis=1) for x in zip(*present.values(), strict=True))
+            joint = self.attend(asking, *all_of)
+            split = 0 if q[0] is None else q[0].shape[1]
+            context = each(
+                lambda name, _: joint[:, :split] if name == "vision" else joint[:, split:], q
+            )
+        context = MultiwayNorm(config, name="inner_attn_ln")(context)
+        return MultiwayDense(config, config.width, name="out_proj")(context)
+
+    def attend(
+        self,
+        q: Float[Array, "n a d"],
+        k: Float[Array, "n s d"],
+        v: Float[Array, "n s d"],
+        valid: Bool[Array, "n s"],
+    ) -> Float[Array, "n a d"]:
+        q, k, v = (split_heads(x, self.config.heads) for x in (q, k, v))
+        context = attend(q, k, v, scale=q.shape[-1] ** -0.5, key_valid=valid)
+        return context.reshape(*context.shape[:2], -1)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(
+        self,
+        streams: Streams,
+        text_valid: Bool[Array, "n t"],
+        keep: tuple[slice | None, slice | None] = (slice(None), slice(None)),
+    ) -> tuple[Streams, None]:
+        """Returns the tokens that `keep` names of each modality (None: no token of it)."""
+
+        def kept(pair: Streams) -> Streams:
+            vision, text = pair
+            return (
+                None if vision is None or keep[0] is None else vision[:, keep[0]],
+                None if text is None or keep[1] is None else text[:, keep[1]],
+            )
+
+        normed = MultiwayNorm(self.config, name="self_attn_layer_norm")(streams)
+        attention = MultiwaySelfAttention(self.config, name="self_attn")
+        streams = add(kept(streams), attention(normed, kept(normed), text_valid))
+        normed = MultiwayNorm(self.config, name="final_layer_norm")(streams)
+        return add(streams, MultiwayFeedForward(self.config, name="ffn")(normed)), None
+
+
+def add(a: Streams, b: Streams) -> Streams:
+    """Adds two pairs of streams of which the same are there."""
+
+    def total(x: Array | None, y: Array | None) -> Array | None:
+        return None if x is None or y is None else x + y
+
+    return total(a[0], b[0]), total(a[1], b[1])
+
+
+class VisionEmbed(nn.Module):
+    """Patch embedding with the learned [CLS] token in front."""
+
+    config: Beit3Config
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w 3"]) -> Float[Array, "b v d"]:
+        config = self.config
+        cls_token = self.param("cls_token", nn.initializers.zeros, (1, 1, config.width))
+        x = PatchConv(config.width, config.patch_size, config.dtype, True, name="proj")(image)
+        x = x.reshape(x.shape[0], -1, config.width)
+        cls_token = jnp.broadcast_to(cls_token.astype(x.dtype), (x.shape[0], 1, config.width))
+        return jnp.concatenate([cls_token, x], axis=1)
+
+
+class Beit3(nn.Module):
+    """The multimodal encoder: `(encoder_image, text_ids, text_valid) -> prompt features`."""
+
+    config: Beit3Config
+
+    def setup(self) -> None:
+        config = self.config
+        self.text_embed = nn.Embed(
+            config.vocab_size,
+            config.width,
+            param_dtype=jnp.float32,
+            embedding_init=nn.initializers.normal(config.width**-0.5),
+        )
+        self.text_positions = nn.Embed(
+            config.max_text_positions,
+            config.width,
+            param_dtype=jnp.float32,
+            embedding_init=TORCH_NORMAL,
+        )
+        if config.fusion != "text":
+            self.vision_embed = VisionEmbed(config)
+            self.vision_positions = nn.Embed(
+                POSITION_OFFSET + 1 + config.patches,
+                config.width,
+                param_dtype=jnp.float32,
+                embedding_init=TORCH_NORMAL,
+            )
+        layer = nn.remat(Layer, prevent_cse=False) if config.remat else Layer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Flax forgets it)
+            length=config.layers - 1,
+        )(config)
+        self.last_layer = Layer(config)
+        self.layer_norm = MultiwayNorm(config)
+
+    def __call__(
+        self,
+        encoder_image: Float[Array, "b h w 3"],
+        text_ids: Int[Array, "b k l"],
+        text_valid: Bool[Array, "b k l"],
+    ) -> Float[Array, "b k 1 d"]:
+        """Returns the prompt feature of each phrase with its image, as `readout` says."""
+        readout = self.config.readout
+        keep = READOUT_TOKENS[readout]
+        vision, text = self.encode(encoder_image, text_ids, text_valid, keep)
+        if readout == "image_mean":
+            assert vision is not None, "the mean of the patches needs an image"
+            feature = vision[:, 1:].mean(axis=1, keepdims=True, dtype=jnp.float32)
+        else:
+            feature = jnp.concatenate([x for x in (vision, text) if x is not None], axis=-1)
+        return feature.reshape(*text_ids.shape[:2], *feature.shape[1:])
+
+    def encode(
+        self,
+        encoder_image: Float[Array, "b h w 3"],
+        text_ids: Int[Array, "b k l"],
+        text_valid: Bool[Array, "b k l"],
+        keep: tuple[slice | None, slice | None] = (slice(None), slice(None)),
+    ) -> Streams:
+        """Returns the final tokens of both modalities, [b*k, tokens, d] each.
+
+        Args:
+          encoder_image: normalised (mean 0.5, std 0.5).
+          text_ids: right-padded.
+          text_valid: false at padding: zeroed before the first layer, never attended to.
+          keep: which tokens to compute in the last layer; None: none of that modality.
+        """
+        config = self.config
+        k = text_ids.shape[1]
+        text_ids = text_ids.reshape(-1, text_ids.shape[-1])
+        text_valid = text_valid.reshape(text_ids.shape)
+        text = self.text_embed(text_ids)
+        text = text + positions(self.text_positions, text.shape[1])[None]
+        text = jnp.where(text_valid[..., None], text, 0.0).astype(config.dtype)
+        vision = None
+        if config.fusion != "text":
+            vision = self.vision_embed(encoder_image)
+            vision = vision + positions(self.vision_positions, vision.shape[1])[None]
+            vision = jnp.repeat(vision.astype(config.dtype), k, axis=0)
+        streams, _ = self.layers((vision, text), text_valid)
+        streams, _ = self.last_layer(streams, text_valid, keep)
+        return self.layer_norm(streams)
+
+
+READOUT_TOKENS = {
+    "image_cls": (slice(0, 1), None),
+    "text_cls": (None, slice(0, 1)),
+    "image_mean": (slice(None), None),
+    "concat": (slice(0, 1), slice(0, 1)),
+}
+
+
+def positions(table: nn.Embed, tokens: int) -> Float[Array, "t d"]:
+    """Returns the learned positions of the first `tokens` tokens."""
+    return table.embedding[POSITION_OFFSET : POSITION_OFFSET + tokens]

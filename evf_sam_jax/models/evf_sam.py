@@ -1,0 +1,231 @@
+"""EVF-SAM: a multimodal encoder, a projector and a promptable segmenter, as pure functions.
+
+Reference: hustvl/EVF-SAM at 9935dc5, `model/evf_sam.py`; paper section 3.
+
+Everything outside this package sees `params`, a nested dict of arrays with the entries `encoder`,
+`projector` and `segmenter`, and the functions below; a function needs only the entries it uses.
+
+Differences:
+  - Padding of the text is always masked; the original's `inference()` attends to it.
+  - Several images with several phrases each, without a loop over images.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
+from evf_sam_jax.models.layers import Mlp
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.sam import Sam
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvfSamConfig:
+    """Which encoder, which segmenter, and the preprocessing profile of the weights."""
+
+    encoder: Beit3Config
+    segmenter: SamConfig
+    profile: str = "current"
+
+    @classmethod
+    def evf_sam(cls) -> "EvfSamConfig":
+        """`YxZhang/evf-sam` and `YxZhang/evf-sam-multitask`: BEiT-3-L and SAM ViT-H."""
+        return cls(Beit3Config.large(), SamConfig.vit_h())
+
+    @classmethod
+    def evf_sam_base(cls) -> "EvfSamConfig":
+        """BEiT-3-B and SAM ViT-H (paper Table 6)."""
+        return cls(Beit3Config.base(), SamConfig.vit_h())
+
+    @classmethod
+    def tiny(cls) -> "EvfSamConfig":
+        """A model for tests."""
+        return cls(Beit3Config.tiny(), SamConfig.tiny())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-serialisable dict that `from_dict` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EvfSamConfig":
+        """Raises UserError if a key is unknown or missing."""
+        values = checked_keys(cls, values, "model")
+        return cls(
+            encoder=Beit3Config(**checked_keys(Beit3Config, values["encoder"], "model.encoder")),
+            segmenter=SamConfig(**checked_keys(SamConfig, values["segmenter"], "model.segmenter")),
+            **{key: value for key, value in values.items() if key not in ("encoder", "segmenter")},
+        )
+
+
+def checked_keys(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns `values` if they can construct the dataclass `cls`; UserError otherwise."""
+    fields = dataclasses.fields(cls)
+    unknown = sorted(set(values) - {field.name for field in fields})
+    if unknown:
+        known = ", ".join(field.name for field in fields)
+        raise UserError(f"config {where}: unknown key {unknown[0]!r}, expected one of {known}")
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"config {where}: key {missing[0]!r} is missing")
+    return dict(values)
+
+
+def with_dtype(config: EvfSamConfig, dtype: str) -> EvfSamConfig:
+    """Returns `config` with activations and matrix products of both towers in `dtype`."""
+    return dataclasses.replace(
+        config,
+        encoder=dataclasses.replace(config.encoder, dtype=dtype),
+        segmenter=dataclasses.replace(config.segmenter, dtype=dtype),
+    )
+
+
+class EvfSam(nn.Module):
+    """The whole model as one Flax module; use the functions below."""
+
+    config: EvfSamConfig
+
+    def setup(self) -> None:
+        encoder, channels = self.config.encoder, self.config.segmenter.out_channels
+        self.encoder = Beit3(encoder)
+        # The original's hidden layer is as wide as its input.
+        widths = (encoder.prompt_width, channels)
+        self.projector = Mlp(widths, "relu", encoder.dtype, ("hidden", "out"))
+        self.segmenter = Sam(self.config.segmenter)
+
+    def encode_image(self, sam_image, sam_size) -> ImageFeatures:
+        return self.segmenter.encode_image(sam_image, sam_size)
+
+    def encode_phrases(self, encoder_image, text_ids, text_valid) -> Float[Array, "b k t c"]:
+        return self.projector(self.encoder(encoder_image, text_ids, text_valid))
+
+    def encoder_tokens(self, encoder_image, text_ids, text_valid):
+        return self.encoder.encode(encoder_image, text_ids, text_valid)
+
+    def decode(self, features, prompts, multimask) -> MaskPrediction:
+        return self.segmenter.decode(features, prompts, multimask)
+
+    def touch_all_parameters(self) -> None:
+        """Reaches every parameter once, so that initialisation creates all of them."""
+        encoder, segmenter = self.config.encoder, self.config.segmenter
+        image = jnp.zeros((1, encoder.image_size, encoder.image_size, 3), jnp.float32)
+        ids, valid = jnp.zeros((1, 1, 2), jnp.int32), jnp.ones((1, 1, 2), bool)
+        self.encoder.encode(image, ids, valid)
+        text = self.encode_phrases(image, ids, valid)
+        side, low = segmenter.image_size, segmenter.low_res_size
+        features = self.encode_image(
+            jnp.zeros((1, side, side, 3), jnp.uint8), jnp.full((1, 2), side, jnp.int32)
+        )
+        prompts = Prompts(
+            text=text,
+            points=jnp.zeros((1, 1, 1, 2), jnp.float32),
+            point_labels=jnp.ones((1, 1, 1), jnp.int32),
+            boxes=jnp.zeros((1, 1, 4), jnp.float32),
+            mask=jnp.zeros((1, 1, low, low), jnp.float32),
+        )
+        self.decode(features, prompts, multimask=False)
+        self.decode(features, Prompts(text=text), multimask=False)
+
+
+def init_params(config: EvfSamConfig, rng: Array) -> Params:
+    """Returns random float32 parameters, drawn as the original draws them without a checkpoint."""
+    # To optimise a program that runs once takes longer than it saves.
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(functools.partial(_init, config), compiler_options=options)(rng)
+
+
+def param_shapes(config: EvfSamConfig) -> Params:
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`s, spending no memory on it."""
+    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+
+
+def _init(config: EvfSamConfig, rng: Array) -> Params:
+    variables: Any = EvfSam(config).init(rng, method=EvfSam.touch_all_parameters)
+    return variables["params"]
+
+
+def _apply(config: EvfSamConfig, params: Params, method: Callable[..., Any], *inputs: Any) -> Any:
+    return EvfSam(config).apply({"params": params}, *inputs, method=method)
+
+
+def encode_image(
+    config: EvfSamConfig,
+    params: Params,
+    sam_image: UInt8[Array, "b s s 3"],
+    sam_size: Int[Array, "b 2"],
+) -> ImageFeatures:
+    """Encodes images for the segmenter, `encoder_chunk` at a time. Uses params["segmenter"].
+
+    Args:
+      sam_image: resized so that its longer side is the frame's, top-left, not normalised.
+      sam_size: height and width of the content.
+    """
+
+    def encode(image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]) -> ImageFeatures:
+        return _apply(config, params, EvfSam.encode_image, image, size)
+
+    chunk = config.segmenter.encoder_chunk
+    if chunk is None or sam_image.shape[0] <= chunk:
+        return encode(sam_image, sam_size)
+
+    def encode_one(pair):
+        features = encode(pair[0][None], pair[1][None])
+        return jax.tree.map(lambda x: x[0], features)
+
+    return jax.lax.map(encode_one, (sam_image, sam_size), batch_size=chunk)
+
+
+def encode_phrases(
+    config: EvfSamConfig,
+    params: Params,
+    encoder_image: Float[Array, "b h w 3"],
+    text_ids: Int[Array, "b k l"],
+    text_valid: Bool[Array, "b k l"],
+) -> Float[Array, "b k t c"]:
+    """Returns the prompt of each phrase with its image. Uses params["encoder"] and ["projector"].
+
+    Args:
+      encoder_image: normalised for the multimodal encoder.
+      text_ids: token ids, right-padded.
+      text_valid: false at padding.
+    """
+    return _apply(config, params, EvfSam.encode_phrases, encoder_image, text_ids, text_valid)
+
+
+def encoder_tokens(
+    config: EvfSamConfig,
+    params: Params,
+    encoder_image: Float[Array, "b h w 3"],
+    text_ids: Int[Array, "b k l"],
+    text_valid: Bool[Array, "b k l"],
+) -> tuple[Float[Array, "n v d"] | None, Float[Array, "n l d"]]:
+    """Returns the encoder's final image tokens ([CLS] first) and text tokens, n = b k."""
+    return _apply(config, params, EvfSam.encoder_tokens, encoder_image, text_ids, text_valid)
+
+
+def decode(
+    config: EvfSamConfig,
+    params: Params,
+    features: ImageFeatures,
+    prompts: Prompts,
+    multimask: bool = False,
+) -> MaskPrediction:
+    """Decodes k prompts of each image. Uses params["segmenter"].
+
+    Args:
+      features: from `encode_image`.
+      prompts: any combination of text, points, boxes and masks.
+      multimask: three alternatives a prompt instead of one mask.
+    """
+    return _apply(config, params, EvfSam.decode, features, prompts, multimask)

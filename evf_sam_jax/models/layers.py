@@ -1,0 +1,114 @@
+"""Layers that both towers share, with every numeric constant written at the call."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+# torch's default for Linear and Conv: uniform in +-1/sqrt(fan_in).
+TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, mode="fan_in", distribution="uniform")
+# torch's default for Embedding.
+TORCH_NORMAL = nn.initializers.normal(stddev=1.0)
+
+
+def gelu_float32(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Returns the exact (erf) GELU, evaluated in float32 and cast back to the dtype of `x`."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def layer_norm(name: str, epsilon: float, dtype: DTypeLike) -> nn.LayerNorm:
+    """Returns a LayerNorm over the last axis: float32 statistics, two-pass variance as in torch."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        use_fast_variance=False,
+        force_float32_reductions=True,
+        name=name,
+    )
+
+
+def dense(
+    name: str,
+    features: int,
+    dtype: DTypeLike,
+    use_bias: bool = True,
+    kernel_init: nn.initializers.Initializer = TORCH_UNIFORM,
+) -> nn.Dense:
+    """Returns a Linear layer that multiplies in `dtype` and keeps float32 parameters."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        precision=None,  # follows jax.default_matmul_precision
+        kernel_init=kernel_init,
+        name=name,
+    )
+
+
+class Mlp(nn.Module):
+    """Linear layers `{prefix}{i}` with an activation between them and none at the end."""
+
+    features: Sequence[int]
+    activation: str
+    dtype: DTypeLike
+    names: Sequence[str]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*s d_in"]) -> Float[Array, "*s d_out"]:
+        activation = {"relu": jax.nn.relu, "gelu": gelu_float32}[self.activation]
+        for index, (name, features) in enumerate(zip(self.names, self.features, strict=True)):
+            if index:
+                x = activation(x)
+            x = dense(name, features, self.dtype)(x)
+        return x
+
+
+class PatchConv(nn.Module):
+    """Convolution with stride = kernel size = `patch_size`; kernel [p, p, in, out] as in HWIO.
+
+    Patches don't overlap, so it is one matrix product, which every backend does fast.
+    """
+
+    features: int
+    patch_size: int
+    dtype: DTypeLike
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b gh gw d"]:
+        b, h, w, c = image.shape
+        p = self.patch_size
+        kernel = self.param("kernel", TORCH_UNIFORM, (p, p, c, self.features), jnp.float32)
+        patches = image.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+        patches = patches.reshape(b, h // p, w // p, p * p * c).astype(self.dtype)
+        x = patches @ kernel.reshape(p * p * c, self.features).astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            x = x + bias.astype(self.dtype)[None, None, None]
+        return x
+
+
+class PatchTranspose(nn.Module):
+    """Transposed convolution with stride = kernel size = 2: a Linear layer and a pixel shuffle.
+
+    The kernel is stored [2, 2, in, out] (torch: [in, out, 2, 2]), unflipped: windows don't overlap.
+    """
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
+        b, h, w, c = x.shape
+        d = self.features
+        kernel = self.param("kernel", TORCH_UNIFORM, (2, 2, c, d), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (d,), jnp.float32)
+        kernel = kernel.transpose(2, 0, 1, 3).reshape(c, 4 * d).astype(self.dtype)
+        y = (x.astype(self.dtype) @ kernel).reshape(b, h, w, 2, 2, d)
+        y = y.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, d)
+        return y + bias.astype(self.dtype)[None, None, None]

@@ -1,0 +1,56 @@
+"""Segment Anything as a promptable segmenter: encode an image once, decode any number of prompts.
+
+Reference: hustvl/EVF-SAM at 9935dc5, `model/segment_anything/modeling/sam.py`.
+
+Differences: the two halves are separate methods; masks stay at the decoder's resolution, since
+`mask_geometry` resamples them; prompts and decoder are float32 whatever the image encoder is.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Int, UInt8
+
+from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.image_encoder import ImageEncoder
+from evf_sam_jax.models.sam.mask_decoder import MaskDecoder
+from evf_sam_jax.models.sam.prompt_encoder import PromptEncoder
+
+
+class Sam(nn.Module):
+    """The promptable segmenter."""
+
+    config: SamConfig
+
+    def setup(self) -> None:
+        self.image_encoder = ImageEncoder(self.config)
+        # Little of the arithmetic, and most of what bfloat16 would cost the masks.
+        exact = dataclasses.replace(self.config, dtype="float32")
+        self.prompt_encoder = PromptEncoder(exact)
+        self.mask_decoder = MaskDecoder(exact)
+
+    def encode_image(
+        self, image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]
+    ) -> ImageFeatures:
+        """Encodes images that were resized into the frame, top-left; `size`: height, width."""
+        return ImageFeatures(embedding=self.image_encoder(image, size))
+
+    def decode(
+        self, features: ImageFeatures, prompts: Prompts, multimask: bool = False
+    ) -> MaskPrediction:
+        """Decodes k prompts of each of b images."""
+        sparse, dense = self.prompt_encoder(prompts)
+        b, k = sparse.shape[:2]
+        image = features.embedding.astype(jnp.float32)[:, None] + dense
+        logits, iou = self.mask_decoder(
+            image.reshape(b * k, *image.shape[2:]),
+            self.prompt_encoder.dense_positions(),
+            sparse.reshape(b * k, *sparse.shape[2:]),
+            multimask,
+        )
+        return MaskPrediction(
+            low_res_logits=logits.reshape(b, k, *logits.shape[1:]),
+            iou=iou.reshape(b, k, *iou.shape[1:]),
+        )

@@ -1,0 +1,165 @@
+"""BEiT-3 gives what torchscale gives, fused and for each modality alone."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import beit3 as beit3_table
+from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.beit3 import Beit3Config
+from tests.parity import beit3_cases
+from tests.parity.weights import our_params
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+BAR = 1e-4
+
+
+def model(encoder: Beit3Config) -> tuple[evf_sam.EvfSamConfig, evf_sam.Params]:
+    config = dataclasses.replace(evf_sam.EvfSamConfig.tiny(), encoder=encoder)
+    table = beit3_table.table(encoder)
+    return config, our_params(table, beit3_cases.section(encoder), prefix="beit3.")
+
+
+encode_phrases = jax.jit(evf_sam.encode_phrases, static_argnums=0)
+encoder_tokens = jax.jit(evf_sam.encoder_tokens, static_argnums=0)
+
+
+def tokens(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given, fusion: str):
+    """Image and text tokens of each of n pairs, given as n images with one phrase each."""
+    encoder = dataclasses.replace(config.encoder, fusion=fusion)
+    config = dataclasses.replace(config, encoder=encoder)
+    return encoder_tokens(config, params, given.image, given.ids[:, None], given.valid[:, None])
+
+
+def our_outputs(encoder: Beit3Config) -> dict[str, np.ndarray]:
+    """Late fusion keeps the modalities apart, so its tokens are those of each alone."""
+    config, params = model(encoder)
+    given = beit3_cases.inputs(encoder)
+    vision, text = tokens(config, params, given, "late")
+    _, text_only = tokens(config, params, given, "text")
+    np.testing.assert_allclose(text_only, text, atol=1e-5)
+    return {
+        "early": np.concatenate(tokens(config, params, given, "early"), axis=1),
+        "text": np.asarray(text),
+        "vision": np.asarray(vision),
+    }
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        assert np.abs(found[name] - value).max() <= BAR, name
+
+
+@pytest.mark.parametrize("name", beit3_cases.CONFIGS)
+def test_equals_stored_outputs_of_the_original(name: str) -> None:
+    with np.load(GOLDEN / f"beit3_{name}.npz") as golden:
+        assert_equal(our_outputs(beit3_cases.CONFIGS[name]), dict(golden))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", beit3_cases.CONFIGS)
+def test_equals_the_original(name: str) -> None:
+    config = beit3_cases.CONFIGS[name]
+    assert_equal(our_outputs(config), beit3_cases.original_outputs(config))
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_equals_the_original_at_full_size(size: str) -> None:
+    config = dataclasses.replace(getattr(Beit3Config, size)(), dtype="float32")
+    assert_equal(our_outputs(config), beit3_cases.original_outputs(config))
+
+
+def prompts(config: evf_sam.EvfSamConfig, params: evf_sam.Params, image, ids, valid) -> np.ndarray:
+    return np.asarray(encode_phrases(config, params, image, ids, valid))
+
+
+def with_projector(config: evf_sam.EvfSamConfig, params: evf_sam.Params) -> evf_sam.Params:
+    rng = np.random.default_rng(0)
+    projector = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape, scale=0.1), jnp.float32),
+        evf_sam.param_shapes(config)["projector"],
+    )
+    return {**params, "projector": projector}
+
+
+def test_padding_changes_no_prompt() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    params = with_projector(config, params)
+    given = beit3_cases.inputs(config.encoder)
+    image, ids = given.image[:1], given.ids[:1, None]
+    short = prompts(config, params, image, ids, np.ones(ids.shape, bool))
+    padding = np.full((1, 1, 5), 77, np.int32)  # whatever the ids of the padding are
+    longer = np.concatenate([ids, padding], axis=-1)
+    valid = np.arange(longer.shape[-1])[None, None] < ids.shape[-1]
+    np.testing.assert_allclose(prompts(config, params, image, longer, valid), short, atol=1e-5)
+    assert np.abs(prompts(config, params, image, longer, np.ones_like(valid)) - short).max() > 1e-3
+
+
+def test_phrases_of_an_image_do_not_mix() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    params = with_projector(config, params)
+    given = beit3_cases.inputs(config.encoder)
+    ids, valid = np.stack([given.ids, given.ids[::-1]]), np.stack([given.valid, given.valid[::-1]])
+    together = prompts(config, params, given.image, ids, valid)
+    for b in range(2):
+        for k in range(2):
+            alone = prompts(
+                config,
+                params,
+                given.image[b : b + 1],
+                ids[b : b + 1, k : k + 1],
+                valid[b : b + 1, k : k + 1],
+            )
+            np.testing.assert_allclose(alone[0, 0], together[b, k], atol=1e-5)
+
+
+def test_a_phrase_that_is_all_padding_stays_finite() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    params = with_projector(config, params)
+    given = beit3_cases.inputs(config.encoder)
+    nothing = np.zeros((2, 1, 9), bool)
+    for fusion, readout in (("text", "text_cls"), ("early", "image_cls")):
+        encoder = dataclasses.replace(config.encoder, fusion=fusion, readout=readout)
+        chosen = dataclasses.replace(config, encoder=encoder)
+        assert np.isfinite(prompts(chosen, params, given.image, given.ids[:, None], nothing)).all()
+
+
+@pytest.mark.parametrize(
+    ("fusion", "readout"),
+    [
+        ("early", "image_cls"),
+        ("early", "text_cls"),
+        ("early", "image_mean"),
+        ("early", "concat"),
+        ("late", "concat"),
+        ("text", "text_cls"),
+    ],
+)
+def test_readout_takes_the_token_it_names(fusion: str, readout: str) -> None:
+    """The last layer computes only what is read out; that equals reading it from all tokens."""
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    encoder = dataclasses.replace(config.encoder, fusion=fusion, readout=readout)
+    config = dataclasses.replace(config, encoder=encoder)
+    params = with_projector(config, params)
+    given = beit3_cases.inputs(config.encoder)
+    vision, text = tokens(config, params, given, fusion)
+    feature = {
+        "image_cls": lambda: vision[:, 0],
+        "text_cls": lambda: text[:, 0],
+        "image_mean": lambda: vision[:, 1:].mean(axis=1),
+        "concat": lambda: np.concatenate([vision[:, 0], text[:, 0]], axis=-1),
+    }[readout]()
+    hidden = params["projector"]["hidden"]
+    out = params["projector"]["out"]
+    expected = np.maximum(feature @ hidden["kernel"] + hidden["bias"][None], 0.0)
+    expected = expected @ out["kernel"] + out["bias"][None]
+    found = prompts(config, params, given.image, given.ids[:, None], given.valid[:, None])
+    np.testing.assert_allclose(found[:, 0, 0], expected, atol=2e-5)

@@ -1,0 +1,36 @@
+"""Stores what the PyTorch originals compute, for the tests that run without torch.
+
+bash tests/install_parity.sh && python -m tests.golden.make_model_outputs
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.parity import beit3_cases, sam_cases
+
+FOLDER = Path(__file__).parent
+
+
+def thinned(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Keeps every third row and column of the masks."""
+    return {
+        name: value[..., ::3, ::3] if name.endswith("logits") else value
+        for name, value in outputs.items()
+    }
+
+
+def main() -> None:
+    outputs = {
+        f"sam_{name}": sam_cases.original_outputs(config, sam_cases.combinations(name))
+        for name, config in sam_cases.CONFIGS.items()
+    } | {
+        f"beit3_{name}": beit3_cases.original_outputs(config)
+        for name, config in beit3_cases.CONFIGS.items()
+    }
+    for name, arrays in outputs.items():
+        np.savez_compressed(FOLDER / f"{name}.npz", **thinned(arrays))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Writes parameter_paths.json: the path and shape of every parameter of every configuration.
+
+Checkpoints, freezing, sharding and conversion all speak of these paths. Run
+`python -m tests.golden.make_parameter_paths` only for a change of layout that is meant, and read
+the difference.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
+from evf_sam_jax.models.sam.config import SamConfig
+
+FILE = pathlib.Path(__file__).parent / "parameter_paths.json"
+
+
+def parameter_paths() -> dict[str, dict[str, list[int]]]:
+    """Name of the configuration -> path -> shape; of a foundation model, its own tower's."""
+    tiny = EvfSamConfig.tiny()
+    evf_sam, evf_sam_base = _shapes(EvfSamConfig.evf_sam()), _shapes(EvfSamConfig.evf_sam_base())
+    vit_b = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_b()))
+    vit_l = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_l()))
+    return {
+        "evf_sam": evf_sam,
+        "tiny": _shapes(tiny),
+        "sam_vit_b": _tower(vit_b, "segmenter"),
+        "sam_vit_l": _tower(vit_l, "segmenter"),
+        "sam_vit_h": _tower(evf_sam, "segmenter"),
+        "beit3_base": _tower(evf_sam_base, "encoder"),
+        "beit3_large": _tower(evf_sam, "encoder"),
+    }
+
+
+def _shapes(config: EvfSamConfig) -> dict[str, list[int]]:
+    leaves = path_leaves(param_shapes(config))
+    return {path: list(leaf.shape) for path, leaf in sorted(leaves.items())}
+
+
+def _tower(shapes: dict[str, list[int]], tower: str) -> dict[str, list[int]]:
+    return {path: shape for path, shape in shapes.items() if path.startswith(f"{tower}/")}
+
+
+def main() -> None:
+    """Writes one line a parameter, so that a difference can be read."""
+    blocks = (
+        f"{json.dumps(name)}: {{\n"
+        + ",\n".join(f" {json.dumps(path)}: {json.dumps(shape)}" for path, shape in shapes.items())
+        + "\n}"
+        for name, shapes in parameter_paths().items()
+    )
+    FILE.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
