@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to model directories and back, without PyTorch installed."""

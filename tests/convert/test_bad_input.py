@@ -1,0 +1,281 @@
+"""Every mistake of a user gets one sentence and exit code 2, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from convert.__main__ import main
+from evf_sam_jax import model_dir
+from evf_sam_jax.errors import run_command
+from tests.convert import torch_writer
+from tests.convert.checkpoints import TINY, state_dict, write_config, write_evf_sam
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, capsys) -> Callable[..., str]:
+    """Runs a command that must fail; returns its sentence. Nothing new may be left in tmp_path."""
+
+    def run(*arguments: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            run_command(main, [str(argument) for argument in arguments])
+        assert exit_.value.code == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sam() -> dict[str, np.ndarray]:
+    return state_dict("sam")
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "said"),
+    [
+        ("sam", "missing.pth", "does not exist"),
+        ("sam", GOLDEN / "before_1_6.pth", "save it again by"),
+        ("sam", GOLDEN / "module.pth", "not a SAM checkpoint of a known size"),
+        ("beit3", GOLDEN / "module.pth", "not a BEiT-3 checkpoint of a known size"),
+        ("sam", GOLDEN / "dtypes.pth", "no state dict"),
+        ("sam", Path(__file__), "not a PyTorch checkpoint"),
+        ("evf-sam", "missing", "does not exist"),
+        ("evf-sam", GOLDEN / "module.pth", "is not a directory"),
+        ("evf-sam", GOLDEN, "has no checkpoint: expected one of model.safetensors"),
+    ],
+)
+def test_files_that_are_not_what_the_command_reads(
+    tmp_path: Path, refusal, command: str, file: str | Path, said: str
+):
+    assert said in refusal(command, tmp_path / file, tmp_path / "model")
+
+
+def test_truncated_files(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
+    path = tmp_path / "whole.pth"
+    torch_writer.save(path, sam)
+    (tmp_path / "half.pth").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "truncated or damaged" in refusal("sam", tmp_path / "half.pth", tmp_path / "model")
+    path = tmp_path / "whole.safetensors"
+    safetensors.numpy.save_file(sam, path)
+    for size in (0, 5, 1000, path.stat().st_size - 1):
+        half = tmp_path / "half.safetensors"
+        half.write_bytes(path.read_bytes()[:size])
+        said = refusal("sam", half, tmp_path / "model")
+        assert f"{half} is not a readable safetensors file" in said
+
+
+def test_a_pickle_that_executes_code(tmp_path: Path, refusal):
+    mark = tmp_path / "executed"
+    program = b"cposix\nmkdir\n(" + torch_writer.text(str(mark)) + b"tR"
+    torch_writer.write_archive(tmp_path / "evil.pth", program)
+    assert "asks for posix.mkdir" in refusal("sam", tmp_path / "evil.pth", tmp_path / "model")
+    assert not mark.exists()
+
+
+def test_keys_too_many_too_few_and_of_the_wrong_shape(
+    tmp_path: Path, refusal, sam: dict[str, np.ndarray]
+):
+    wrong = dict(sam)
+    wrong["mask_decoder.extra.weight"] = np.zeros(3, np.float32)
+    del wrong["mask_decoder.iou_token.weight"]
+    wrong["mask_decoder.mask_tokens.weight"] = np.zeros((3, 64), np.float32)
+    torch_writer.save(tmp_path / "sam.pth", wrong)
+    said = refusal("sam", tmp_path / "sam.pth", tmp_path / "model")
+    assert "1 tensor missing: mask_decoder.iou_token.weight" in said
+    assert "1 tensor not known to the model: mask_decoder.extra.weight" in said
+    assert "mask_decoder.mask_tokens.weight (expected [4, 64], found [3, 64])" in said
+
+
+def test_a_beit3_whose_shapes_are_wrong_is_refused_before_it_is_interpolated(
+    tmp_path: Path, refusal
+):
+    wrong = state_dict("beit3")
+    del wrong["beit3.encoder.layer_norm.A.bias"]
+    torch_writer.save(tmp_path / "beit3.pth", wrong)
+    arguments = ("beit3", tmp_path / "beit3.pth", tmp_path / "model", "--image_size", 48)
+    assert "missing: beit3.encoder.layer_norm.A.bias" in refusal(*arguments)
+
+
+@pytest.mark.parametrize("size", ["0", "-8", "30", "many"])
+def test_image_sizes_that_are_none(tmp_path: Path, refusal, size: str):
+    torch_writer.save(tmp_path / "beit3.pth", state_dict("beit3"))
+    said = refusal("beit3", tmp_path / "beit3.pth", tmp_path / "model", f"--image_size={size}")
+    assert "--image_size" in said
+
+
+def test_positions_that_are_no_square(tmp_path: Path, refusal):
+    wrong = state_dict("beit3")
+    wrong["beit3.encoder.embed_positions.A.weight"] = np.zeros((3 + 17, 64), np.float32)
+    torch_writer.save(tmp_path / "beit3.pth", wrong)
+    assert "has 20 rows" in refusal("beit3", tmp_path / "beit3.pth", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "config.json does not exist"),
+        ("{not json", "is not JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"mm_extractor_scale": "large", "hidden_size": 1024}', "has no sam_scale"),
+        ('{"sam_scale": "huge", "hidden_size": 1024}', "has no mm_extractor_scale"),
+    ],
+)
+def test_configs_that_do_not_say_which_model(
+    tmp_path: Path, refusal, sam: dict[str, np.ndarray], config: str | None, said: str
+):
+    write_evf_sam(tmp_path / "source", sam)
+    (tmp_path / "source" / "config.json").unlink()
+    if config is not None:
+        (tmp_path / "source" / "config.json").write_text(config)
+    assert said in refusal("evf-sam", tmp_path / "source", tmp_path / "model")
+
+
+def test_a_config_of_another_model_than_the_weights(
+    tmp_path: Path, refusal, sam: dict[str, np.ndarray]
+):
+    write_evf_sam(tmp_path / "source", {f"visual_model.{key}": a for key, a in sam.items()})
+    said = refusal("evf-sam", tmp_path / "source", tmp_path / "model")
+    assert "tensors missing: mm_extractor.beit3.text_embed.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "missing.bin"}}', "missing.bin does not exist"),
+        ('{"weight_map": {"a": "../../etc/passwd"}}', "not in its own directory"),
+        ('{"weight_map": {"a": "one.bin"}}', "does not list 'b' in one.bin"),
+        ('{"weight_map": {"a": "one.bin", "b": "one.bin", "c": "one.bin"}}', "lists 'c'"),
+    ],
+)
+def test_indices_that_do_not_fit_their_shards(tmp_path: Path, refusal, index: str, said: str):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_config(source)
+    tensors = {"a": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)}
+    torch_writer.save(source / "one.bin", tensors)
+    (source / "pytorch_model.bin.index.json").write_text(index)
+    assert said in refusal("evf-sam", source, tmp_path / "model")
+
+
+def test_output_directories_that_exist(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
+    torch_writer.save(tmp_path / "sam.pth", sam)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for target in ("model", "link", "sam.pth"):
+        said = refusal("sam", tmp_path / "sam.pth", tmp_path / target)
+        assert str(tmp_path / target) in said
+
+
+def test_output_directories_that_cannot_be_written(
+    tmp_path: Path, refusal, sam: dict[str, np.ndarray]
+):
+    torch_writer.save(tmp_path / "sam.pth", sam)
+    said = refusal("sam", tmp_path / "sam.pth", tmp_path / "sam.pth" / "model")
+    assert str(tmp_path / "sam.pth" / "model") in said
+    assert "cannot make" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_directories_without_permission(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
+    torch_writer.save(tmp_path / "sam.pth", sam)
+    (tmp_path / "mine").mkdir(mode=0o555)
+    said = refusal("sam", tmp_path / "sam.pth", tmp_path / "mine" / "model")
+    assert "Permission denied" in said
+
+
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, sam: dict[str, np.ndarray]):
+    torch_writer.save(tmp_path / "sam.pth", sam)
+    # A limit on the size of files is the nearest to a full disk that every machine has.
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "import runpy; runpy.run_module('convert', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sam", tmp_path / "sam.pth", tmp_path / "model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'model'} cannot be written: ")
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "sam.pth"]
+
+
+@pytest.mark.parametrize("command", ["to-torch", "inspect"])
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (None, "is not a model directory: it has no manifest.json"),
+        ("{", "is not JSON"),
+        ('{"format_version": 2}', "expected format_version 1, found 2"),
+        ('{"format_version": 1, "colour": "red"}', "is not a manifest"),
+    ],
+)
+def test_what_is_no_model_directory(
+    tmp_path: Path, refusal, command: str, manifest: str | None, said: str
+):
+    (tmp_path / "model").mkdir()
+    if manifest is not None:
+        (tmp_path / "model" / "manifest.json").write_text(manifest)
+    arguments = [tmp_path / "out"] if command == "to-torch" else []
+    assert said in refusal(command, tmp_path / "model", *arguments)
+
+
+def test_a_model_directory_whose_parameters_are_not_its_configurations(tmp_path: Path, refusal):
+    manifest = model_dir.Manifest("tiny", TINY.to_dict())
+    params = {"encoder/text_embed/embedding": np.zeros((128, 64), np.float32)}
+    model_dir.write_model_dir(tmp_path / "model", params, manifest)
+    said = refusal("to-torch", tmp_path / "model", tmp_path / "out")
+    assert "not those of the configuration in its manifest" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["resnet"], "invalid choice: 'resnet'"),
+        (["sam", "a.pth"], "MODEL_DIR"),
+        (["sam", "a.pth", "b", "--dtype", "int8"], "--dtype"),
+        (["sam", "a.pth", "b", "--image_size", "48"], "--image_size"),
+    ],
+)
+def test_commands_that_are_none(refusal, arguments: list[str], said: str):
+    assert said in refusal(*arguments)
+
+
+def test_the_command_itself_shows_no_traceback(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "sam", tmp_path / "none.pth", tmp_path / "model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'none.pth'} does not exist\n"
+
+
+def test_help_explains_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    for command in ("evf-sam", "sam", "beit3", "to-torch", "inspect"):
+        assert command in done.stdout
