@@ -1,0 +1,112 @@
+"""cIoU and gIoU of a model over a set, and pictures of what it predicts.
+
+Reference: hustvl/EVF-SAM at 9935dc5, `eval.py`.
+
+Differences: examples are batched; each counts once, however many devices there are.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int32, UInt8
+
+from data_pipelines.assemble import BatchSpec, Example
+from data_pipelines.batch import Batch
+from data_pipelines.eval_pipeline import eval_dataset
+from data_pipelines.shapes import DEFAULT_CONFIG, ShapesSource
+from data_pipelines.train_pipeline import iterate
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import ModelEvaluationConfig
+from evf_sam_jax.metrics import IouSums, overlap_counts
+from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.param_rules import Params
+from evf_sam_jax.predict import Predictor
+from evf_sam_jax.run_log import RunLog, make_workdir
+from evf_sam_jax.train_step import PromptKind, predict_masks
+from evf_sam_jax.visualize import COLORS, Cell, overlay, panel
+
+Counts = tuple[Int32[Array, "b k"], Int32[Array, "b k"]]
+
+
+def make_count_step(config: EvfSamConfig, prompts: PromptKind) -> Callable[[Params, Batch], Counts]:
+    """Returns the compiled function that counts intersection and union of each mask of a batch."""
+    return jax.jit(functools.partial(_count, config, prompts))
+
+
+def evaluate(
+    count_step: Callable[[Params, Batch], Counts], params: Params, batches: Iterable[Batch]
+) -> IouSums:
+    """Sums over all valid phrases of all valid examples."""
+    sums = IouSums()
+    pending: list[tuple[Counts, np.ndarray]] = []
+    for batch in batches:
+        counted = np.asarray(batch.phrase_valid) & np.asarray(batch.example_valid)[:, None]
+        pending.append((count_step(params, batch), counted))
+        if len(pending) > 1:  # the device computes this batch while the last one is summed
+            sums = sums.merge(_sums(*pending.pop(0)))
+    for last in pending:
+        sums = sums.merge(_sums(*last))
+    return sums
+
+
+def evaluate_directory(config: ModelEvaluationConfig, workdir: Path) -> IouSums:
+    """Evaluates a model directory; writes the numbers to a line and to `metrics.jsonl`.
+
+    Raises:
+      UserError: no such model or set, or the directory of the run is in use.
+    """
+    predictor = Predictor.load(config.model)
+    if predictor.tokenizer is None:
+        raise UserError(f"{config.model}: expected a model with a tokenizer, found one without")
+    source = ShapesSource(config.split.removeprefix("shapes/"), DEFAULT_CONFIG, config.images)
+    spec = BatchSpec(
+        batch_size=config.batch_size,
+        phrases=source.config.phrases,
+        text_length=config.text_length,
+        frame=predictor.config.segmenter.image_size,
+        encoder_size=predictor.config.encoder.image_size,
+        canvas=(max(source.config.sides), max(source.config.sides)),
+    )
+    make_workdir(workdir, config)
+    with (
+        RunLog(workdir) as log,
+        iterate(eval_dataset(source, predictor.tokenizer, spec)) as batches,
+    ):
+        count_step = make_count_step(predictor.config, "text")
+        sums = evaluate(count_step, predictor.params, batches)
+        log.scalars(0, {f"{config.split}_ciou": sums.ciou, f"{config.split}_giou": sums.giou})
+        log.line(
+            f"{config.split}: cIoU {sums.ciou:.3f}, gIoU {sums.giou:.3f} "
+            f"({config.images} images, {sums.masks} phrases)"
+        )
+    return sums
+
+
+def prediction_panel(
+    predictor: Predictor, examples: Iterable[Example]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A row an example: the image, then each phrase with its target and its prediction."""
+    target_color, mask_color = COLORS["blue"], COLORS["vermilion"]
+    rows = []
+    for example in examples:
+        prediction = predictor.predict(example.image, texts=list(example.phrases))
+        row = [Cell(example.image, "image")]
+        for phrase, target, mask in zip(
+            example.phrases, example.masks, prediction.masks, strict=True
+        ):
+            row.append(Cell(overlay(example.image, target > 0, target_color), f"target: {phrase}"))
+            row.append(Cell(overlay(example.image, mask, mask_color), "prediction"))
+        rows.append(row)
+    return panel(rows)
+
+
+def _count(config: EvfSamConfig, prompts: PromptKind, params: Params, batch: Batch) -> Counts:
+    logits = predict_masks(config, params, batch, prompts)
+    return overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
+
+
+def _sums(counts: Counts, counted: np.ndarray) -> IouSums:
+    return IouSums.count(np.asarray(counts[0]), np.asarray(counts[1]), counted)

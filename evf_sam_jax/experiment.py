@@ -1,0 +1,195 @@
+"""One experiment: its values as frozen dataclasses, read and checked from a config file's dict."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.shapes import ShapesConfig
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.optimizer import OptimizerConfig
+from evf_sam_jax.param_rules import Rules
+from evf_sam_jax.train_step import PROMPT_KINDS, LossWeights
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images and phrases, and the shapes of their batches.
+
+    Attributes:
+      shapes: how the embedded data set is drawn.
+      text_length: tokens a phrase, `<s>` and `</s>` included.
+      canvas: height and width that hold every image at its original size.
+      workers: processes that make batches; 0: a thread of this one.
+    """
+
+    shapes: ShapesConfig
+    text_length: int
+    canvas: tuple[int, int]
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+      name: the stage's numbers are logged under it.
+      prompts: what tells the segmenter which object is meant.
+      trainable: (regex, whether it is trained) over all parameters.
+      batch_size: images a step.
+    """
+
+    name: str
+    prompts: str
+    steps: int
+    batch_size: int
+    trainable: Rules[bool]
+    optimizer: OptimizerConfig
+    loss: LossWeights = LossWeights()
+
+    def __post_init__(self) -> None:
+        if self.prompts not in PROMPT_KINDS:
+            raise UserError(
+                f"stages.{self.name}.prompts: expected one of {', '.join(PROMPT_KINDS)}, "
+                f"found {self.prompts!r}"
+            )
+        for key in ("steps", "batch_size"):
+            _check_positive(f"stages.{self.name}.{key}", getattr(self, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out images.
+
+    Attributes:
+      split: "val" or "test".
+      images: from the beginning of the split.
+      every: steps between evaluations; there is one at the end of each stage in any case.
+      panel_images: images of the panel of predictions.
+    """
+
+    split: str = "val"
+    images: int = 256
+    batch_size: int = 16
+    every: int = 1000
+    panel_images: int = 4
+
+    def __post_init__(self) -> None:
+        for key in ("images", "batch_size", "every", "panel_images"):
+            _check_positive(f"evaluation.{key}", getattr(self, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole run.
+
+    Attributes:
+      seed: of the initial parameters and of the order of the data.
+      init_scale: (regex, factor) over all parameters, on top of the model's own initialisation.
+      model: sizes.
+      data: what it is trained on.
+      stages: what is trained, one after another.
+      log_every: steps between two lines of progress.
+    """
+
+    seed: int
+    model: EvfSamConfig
+    data: DataConfig
+    stages: tuple[StageConfig, ...]
+    evaluation: EvaluationConfig
+    init_scale: Rules[float] = ((".*", 1.0),)
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        _check_positive("log_every", self.log_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelEvaluationConfig:
+    """The evaluation of a model directory.
+
+    Attributes:
+      model: the directory.
+      split: data set and split, such as "shapes/val".
+      images: from the beginning of the split.
+      text_length: tokens a phrase, `<s>` and `</s>` included.
+    """
+
+    model: str
+    split: str
+    images: int
+    batch_size: int
+    text_length: int
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("config.model: expected a model directory, found nothing")
+        if not self.split.startswith("shapes/"):
+            raise UserError(
+                f"config.split: expected shapes/val or shapes/test, found {self.split!r}"
+            )
+        for key in ("images", "batch_size"):
+            _check_positive(f"config.{key}", getattr(self, key))
+
+
+def evaluation_from_dict(values: Mapping[str, Any]) -> ModelEvaluationConfig:
+    """Returns the evaluation that a config file describes. Raises UserError as below."""
+    return _build(ModelEvaluationConfig, values, "config")
+
+
+def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Returns the experiment that a config file describes.
+
+    Raises:
+      UserError: a key is unknown or missing, or a value is not possible.
+    """
+    values = _checked(ExperimentConfig, values, "config")
+    data = _checked(DataConfig, values["data"], "config.data")
+    data["shapes"] = _build(ShapesConfig, data["shapes"], "config.data.shapes")
+    stages = []
+    for name, stage in values["stages"].items():
+        where = f"config.stages.{name}"
+        stage = _checked(StageConfig, {"name": name, **stage}, where)
+        stage["optimizer"] = _build(OptimizerConfig, stage["optimizer"], f"{where}.optimizer")
+        if "loss" in stage:
+            stage["loss"] = _build(LossWeights, stage["loss"], f"{where}.loss")
+        stages.append(_build(StageConfig, stage, where))
+    values.update(
+        model=EvfSamConfig.from_dict(_plain(values["model"])),
+        data=_build(DataConfig, data, "config.data"),
+        stages=tuple(stages),
+        evaluation=_build(EvaluationConfig, values["evaluation"], "config.evaluation"),
+    )
+    return _build(ExperimentConfig, values, "config")
+
+
+def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values as a dict, if their keys are those of the dataclass."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
+    for key, field in fields.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: the key {key!r} is missing")
+    return dict(values)
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    values = {key: _tuples(value) for key, value in _checked(cls, values, where).items()}
+    return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, so that every config is hashable."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _check_positive(key: str, value: int) -> None:
+    if not (isinstance(value, int) and value > 0):
+        raise UserError(f"{key}: expected a positive number, found {value!r}")

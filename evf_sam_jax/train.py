@@ -1,0 +1,212 @@
+"""The training run: parameters, then each stage's loop, then a model directory.
+
+A run's directory holds `config.json`, `metrics.jsonl`, TensorBoard events, `panel.png` (held-out
+images with targets and predictions) and at the end `model/`, which `predict` and `evaluate` open.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from PIL import Image
+
+from data_pipelines.assemble import BatchSpec
+from data_pipelines.batch import Batch
+from data_pipelines.eval_pipeline import eval_dataset
+from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from data_pipelines.train_pipeline import iterate, train_dataset
+from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
+from evf_sam_jax.experiment import ExperimentConfig, StageConfig
+from evf_sam_jax.metrics import IouSums, StepMetrics
+from evf_sam_jax.model_dir import Manifest, write_model_dir
+from evf_sam_jax.models.evf_sam import init_params
+from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
+from evf_sam_jax.param_rules import Params, map_rules
+from evf_sam_jax.predict import Predictor
+from evf_sam_jax.run_log import RunLog, check_finite, clock, make_workdir
+from evf_sam_jax.train_state import create_state, split_params
+from evf_sam_jax.train_step import PromptKind, make_train_step
+
+# Steps the host may be ahead of the device: it prepares the next one while the last one runs, and
+# reads no number that is not there yet.
+STEPS_AHEAD = 2
+
+
+def train(config: ExperimentConfig, workdir: Path) -> IouSums:
+    """Trains all stages and writes the model directory.
+
+    Returns:
+      What the last stage reached on held-out images.
+
+    Raises:
+      UserError: the directory holds another run, the configuration cannot be, or a loss stopped
+        being finite.
+    """
+    make_workdir(workdir, config)
+    tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.model.encoder.max_text_tokens)
+    tokenizer.check_vocabulary(config.model.encoder.vocab_size)
+    params = initial_params(config)
+    with RunLog(workdir) as log:
+        log.line(parameter_overview.get_parameter_overview(params, include_stats=False))
+        for stage in config.stages:
+            params, sums = run_stage(config, stage, params, tokenizer, log)
+        predictor = Predictor(config.model, params, tokenizer)
+        held_out = _source(config, config.evaluation.split)
+        examples = (held_out[i] for i in range(config.evaluation.panel_images))
+        picture = prediction_panel(predictor, examples)
+        Image.fromarray(picture).save(workdir / "panel.png")
+        log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
+        manifest = Manifest(variant="evf-sam", config=config.model.to_dict())
+        write_model_dir(workdir / "model", params, manifest, SHAPES_TOKENIZER)
+        log.line(f"model directory: {workdir / 'model'}")
+    return sums
+
+
+def initial_params(config: ExperimentConfig) -> Params:
+    """Random parameters, each scaled by the factor that `init_scale` gives it."""
+    params = init_params(config.model, jax.random.key(config.seed))
+    return map_rules(lambda factor, leaf: factor * leaf, config.init_scale, params, "init_scale")
+
+
+def run_stage(
+    config: ExperimentConfig,
+    stage: StageConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    log: RunLog,
+) -> tuple[Params, IouSums]:
+    """Trains one stage.
+
+    Returns:
+      All parameters, and what they reach on held-out images.
+    """
+    trainable, frozen = split_params(params, stage.trainable)
+    optimizer = make_optimizer(stage.optimizer, stage.steps, trainable)
+    state = create_state(trainable, frozen, optimizer)
+    schedule = learning_rate_schedule(stage.optimizer, stage.steps)
+    prompts = cast(PromptKind, stage.prompts)  # StageConfig has checked it
+    step_function = jax.jit(
+        make_train_step(config.model, prompts, stage.loss, optimizer, schedule),
+        donate_argnums=0,
+    )
+    count_step = make_count_step(config.model, prompts)
+    progress = Progress(config, stage, log)
+    sums = IouSums()
+    with iterate(_train_batches(config, stage, tokenizer), config.data.workers) as batches:
+        pending: list[StepMetrics] = []
+        for step, batch in enumerate(batches, start=1):
+            state, metrics = step_function(state, batch)
+            pending.append(metrics)
+            if len(pending) > STEPS_AHEAD:
+                progress.add(pending.pop(0))
+            if step % config.evaluation.every == 0 or step == stage.steps:
+                with progress.paused():
+                    sums = evaluate(count_step, state.params, _held_out(config, stage, tokenizer))
+                    progress.held_out(step, sums)
+    for metrics in pending:
+        progress.add(metrics)
+    return state.params, sums
+
+
+class Progress:
+    """Means over the steps since the last line of progress, and the time that is left."""
+
+    def __init__(self, config: ExperimentConfig, stage: StageConfig, log: RunLog):
+        self._stage, self._log, self._every = stage, log, config.log_every
+        self._step = 0
+        self._start: float | None = None  # after the first step, which compiles
+        self._excluded = 0.0
+        self._recent: list[dict[str, float]] = []
+
+    def add(self, metrics: StepMetrics) -> None:
+        """Takes the next step's numbers (waiting for them), and writes a line when it is time.
+
+        Raises:
+          UserError: the loss or the norm of the gradients is not finite.
+        """
+        self._step += 1
+        values = {name: float(value) for name, value in jax.device_get(vars(metrics)).items()}
+        for name in ("loss", "grad_norm"):
+            check_finite(f"{self._stage.name}/{name}", self._step, values[name])
+        self._recent.append(values)
+        if self._start is None:
+            self._start = time.monotonic()
+        if self._step % self._every == 0 or self._step == self._stage.steps:
+            self._write()
+
+    def held_out(self, step: int, sums: IouSums) -> None:
+        """Writes what held-out images say."""
+        name = self._stage.name
+        self._log.scalars(step, {f"{name}/val_ciou": sums.ciou, f"{name}/val_giou": sums.giou})
+        self._log.line(
+            f"{name} {step}/{self._stage.steps}: held out "
+            f"cIoU {sums.ciou:.3f}, gIoU {sums.giou:.3f} ({sums.masks} phrases)"
+        )
+
+    def paused(self) -> "_Paused":
+        """A context whose time counts as no training."""
+        return _Paused(self)
+
+    def _write(self) -> None:
+        stage, recent, self._recent = self._stage, self._recent, []
+        means = {name: float(np.mean([values[name] for values in recent])) for name in recent[0]}
+        ciou = means.pop("intersection") / max(means.pop("union"), 1.0)
+        assert self._start is not None
+        seconds = time.monotonic() - self._start - self._excluded
+        per_step = seconds / max(self._step - 1, 1)
+        images_per_second = stage.batch_size / per_step if per_step else 0.0
+        values = {**means, "ciou": ciou, "images_per_second": images_per_second}
+        self._log.scalars(self._step, {f"{stage.name}/{key}": v for key, v in values.items()})
+        self._log.line(
+            f"{stage.name} {self._step}/{stage.steps}: loss {means['loss']:.4f}, cIoU {ciou:.3f}, "
+            f"{images_per_second:.0f} images/s, {clock(per_step * (stage.steps - self._step))} left"
+        )
+
+
+class _Paused:
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress._excluded += time.monotonic() - self._begin
+
+
+def _source(config: ExperimentConfig, split: str, length: int | None = None) -> ShapesSource:
+    return ShapesSource(split, config.data.shapes, length)
+
+
+def _spec(config: ExperimentConfig, stage: StageConfig, batch_size: int) -> BatchSpec:
+    return BatchSpec(
+        batch_size=batch_size,
+        phrases=config.data.shapes.phrases,
+        text_length=config.data.text_length,
+        frame=config.model.segmenter.image_size,
+        encoder_size=config.model.encoder.image_size,
+        canvas=config.data.canvas,
+        prompts=stage.prompts != "text",
+    )
+
+
+def _train_batches(config: ExperimentConfig, stage: StageConfig, tokenizer: Tokenizer):
+    # Each stage has an order of its own: otherwise the second would begin with the same images.
+    seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
+    spec = _spec(config, stage, stage.batch_size)
+    source = _source(config, "train")
+    return train_dataset(source, tokenizer, spec, seed=seed, steps=stage.steps)
+
+
+def _held_out(
+    config: ExperimentConfig, stage: StageConfig, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    source = _source(config, config.evaluation.split, config.evaluation.images)
+    spec = _spec(config, stage, config.evaluation.batch_size)
+    with iterate(eval_dataset(source, tokenizer, spec)) as batches:
+        yield from batches

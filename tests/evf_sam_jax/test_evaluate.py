@@ -1,0 +1,50 @@
+"""Scores of a set do not depend on how it is batched, and padding never counts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.assemble import Example
+from evf_sam_jax.evaluate import evaluate, prediction_panel
+from evf_sam_jax.metrics import IouSums
+from evf_sam_jax.predict import Prediction, Predictor
+from tests.evf_sam_jax.tiny_experiment import batch
+
+
+def first_two_pixels(params, batch):
+    """A count step that finds 1 of 2 pixels of every mask, padding or not."""
+    shape = batch.phrase_valid.shape
+    return jnp.full(shape, 1, jnp.int32), jnp.full(shape, 2, jnp.int32)
+
+
+def test_padding_rows_do_not_count():
+    given = batch(prompts=False)
+    valid = np.array([[True, True, False], [True, True, True]])
+    padded = dataclasses.replace(given, phrase_valid=valid, example_valid=np.array([True, False]))
+    sums = evaluate(first_two_pixels, {}, [given, padded, given])
+    assert (sums.intersection, sums.union, sums.masks) == (14, 28, 14)
+
+
+def test_no_batches_have_no_masks():
+    assert evaluate(first_two_pixels, {}, []) == IouSums()
+
+
+def test_a_panel_has_a_row_an_example():
+    class Reader(Predictor):
+        """Predicts nothing, whatever the phrase, and needs no model for it."""
+
+        def __init__(self):
+            pass
+
+        def predict(self, image, texts=None, text_ids=None):
+            empty = np.zeros((len(texts), *image.shape[:2]), bool)
+            k = len(texts)
+            logits = np.zeros(empty.shape, np.float32)
+            return Prediction(logits, empty, np.zeros(k, np.float32), np.zeros((k, 4, 4), "f4"))
+
+    image, masks = np.zeros((40, 60, 3), np.uint8), np.ones((2, 40, 60), np.uint8)
+    example = Example(0, image, ("one", "two"), masks)
+    one, two = (prediction_panel(Reader(), [example] * n) for n in (1, 2))
+    assert one.shape[1] == two.shape[1] > 5 * 60  # the image, then target and prediction of each
+    assert two.shape[0] > one.shape[0] + 40

@@ -1,0 +1,104 @@
+"""A run leaves behind what it promises, says the same twice, and stops where it must."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.shapes import ShapesSource
+from evf_sam_jax import run_log
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.evaluate import evaluate_directory
+from evf_sam_jax.experiment import ModelEvaluationConfig
+from evf_sam_jax.metrics import IouSums
+from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.optimizer import OptimizerConfig
+from evf_sam_jax.predict import Predictor
+from evf_sam_jax.train import initial_params, train
+from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, PRETRAIN, REFERRING, TEXT_LENGTH
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, IouSums]:
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    return workdir, train(EXPERIMENT, workdir)
+
+
+def records(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_number_is_written(run: tuple[Path, IouSums]):
+    workdir, sums = run
+    found = records(workdir)
+    for stage in ("pretrain", "referring"):
+        training = [record for record in found if f"{stage}/loss" in record]
+        assert [record["step"] for record in training] == [1, 2]
+        for name in ("bce", "dice", "ciou", "grad_norm", "learning_rate", "images_per_second"):
+            assert all(np.isfinite(record[f"{stage}/{name}"]) for record in training)
+        assert sum(f"{stage}/val_giou" in record for record in found) == 1
+    last = next(record for record in found if "referring/val_ciou" in record)
+    assert last["referring/val_ciou"] == sums.ciou
+    # Three images, although the last batch of two is padded.
+    assert sums.masks == 3 * EXPERIMENT.data.shapes.phrases
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_the_panel_is_a_picture(run: tuple[Path, IouSums]):
+    with Image.open(run[0] / "panel.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 90
+
+
+def test_the_model_directory_predicts_and_scores_what_the_run_measured(run, tmp_path: Path):
+    workdir, sums = run
+    example = ShapesSource("val")[0]
+    prediction = Predictor.load(workdir / "model").predict(example.image, texts=["red circle"])
+    assert prediction.masks.shape == (1, *example.image.shape[:2])
+    config = ModelEvaluationConfig(str(workdir / "model"), "shapes/val", 3, 2, TEXT_LENGTH)
+    assert evaluate_directory(config, tmp_path / "evaluation") == sums
+
+
+def test_frozen_parameters_leave_the_run_as_they_came(run: tuple[Path, IouSums]):
+    after = path_leaves(Predictor.load(run[0] / "model").params)
+    for path, leaf in path_leaves(initial_params(EXPERIMENT)).items():
+        if path.endswith("positional_encoding_gaussian_matrix"):
+            np.testing.assert_array_equal(after[path], leaf)
+
+
+def test_a_run_is_a_function_of_its_seed(run: tuple[Path, IouSums], tmp_path: Path):
+    train(EXPERIMENT, tmp_path / "again")
+    losses = [
+        [v for record in records(workdir) for k, v in record.items() if k.endswith("/loss")]
+        for workdir in (run[0], tmp_path / "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_directory_of_another_run_is_left_alone(run: tuple[Path, IouSums], tmp_path: Path):
+    with pytest.raises(UserError, match="expected a new or empty directory, found another run"):
+        train(EXPERIMENT, run[0])
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="expected a new or empty directory, found 'notes.txt'"):
+        train(EXPERIMENT, tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir .*file/run cannot be written"):
+        train(EXPERIMENT, tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
+    optimizer = OptimizerConfig(learning_rate=1e30, schedule="constant", warmup_steps=0)
+    stage = dataclasses.replace(PRETRAIN, steps=20, optimizer=optimizer)
+    with pytest.raises(UserError, match=r"pretrain/\w+ at step \d+: expected a finite number"):
+        train(dataclasses.replace(EXPERIMENT, stages=(stage, REFERRING)), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5.0, "0:05"), (62.4, "1:02"), (3605.0, "1:00:05")])
+def test_times_are_read_as_clocks(seconds: float, text: str):
+    assert run_log.clock(seconds) == text
