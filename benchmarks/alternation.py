@@ -1,0 +1,28 @@
+"""Times two ways of doing a thing in alternation, so that a busy machine slows both alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+from benchmarks import environment
+
+
+def print_comparison(title: str, runs: Mapping[str, Callable[[], object]], repeats: int) -> None:
+    """Runs each of two functions `repeats` times by turns, and prints a table and their ratio."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    print(environment.describe())
+    print(f"{title}, {repeats} runs in alternation\n")
+    print("| | median s | min | max |\n|---|---|---|---|")
+    for name, found in times.items():
+        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
+    (first, base), (second, other) = times.items()
+    ratios = [b / a for a, b in zip(base, other, strict=True)]
+    print(
+        f"\nratio {second} / {first}: median {statistics.median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f})"
+    )
