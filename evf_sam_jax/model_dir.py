@@ -290,15 +290,19 @@ class _InTurnHandler(ocp.type_handlers.NumpyHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Any]:
         writing, size = [], 0
-        for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
-            array = value.make()
-            writing += await super().serialize([array], [info], arg and [arg])
-            size += array.nbytes
-            del array
-            if size >= _TOGETHER_BYTES:
-                await _finish(writing)
-                writing, size = [], 0
-        await _finish(writing)
+        try:
+            for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+                array = value.make()
+                writing += await super().serialize([array], [info], arg and [arg])
+                size += array.nbytes
+                del array
+                if size >= _TOGETHER_BYTES:
+                    await _finish(writing)
+                    writing, size = [], 0
+        finally:
+            # Also where a leaf could not be made: what is still being written would appear in a
+            # directory that is being removed.
+            await _finish(writing)
         return []
 
 
