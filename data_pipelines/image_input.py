@@ -116,12 +116,12 @@ def encoder_input(
     else:
         rows, row_weights = _cubic_taps(height, size)
         columns, column_weights = _cubic_taps(width, size)
-        picked = image[rows.reshape(-1)]
+        # Of an image so tall that most rows go unused, only those needed are resized.
+        if height > rows.size:
+            image, rows = image.take(rows.reshape(-1), axis=0), np.arange(rows.size).reshape(-1, 4)
         # Columns first, then rows, one tap after the other: torch's order of rounding.
-        lines = _weighted_sum(
-            [_to_unit(picked[:, columns[:, tap]]) for tap in range(4)], column_weights[..., None]
-        ).reshape(size, 4, size, 3)
-        pixels = _weighted_sum([lines[:, tap] for tap in range(4)], row_weights[..., None, None])
+        lines = _weighted_sum(_to_unit(image), columns, column_weights[..., None], axis=1)
+        pixels = _weighted_sum(lines, rows, row_weights[..., None, None], axis=0)
     return (pixels - np.float32(0.5)) / np.float32(0.5)
 
 
@@ -170,9 +170,11 @@ def _to_unit(image: np.ndarray) -> np.ndarray:
     return image.astype(np.float32) / np.float32(255)
 
 
-def _weighted_sum(taps: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
-    """The sum of 4 taps, each times `weights[:, tap]` as far as that broadcasts."""
-    total = taps[0] * weights[:, 0]
+def _weighted_sum(
+    pixels: np.ndarray, taps: np.ndarray, weights: np.ndarray, axis: int
+) -> np.ndarray:
+    """The sum of the pixels at 4 `taps` along an axis, each times `weights[:, tap]`."""
+    total = pixels.take(taps[:, 0], axis=axis) * weights[:, 0]
     for tap in (1, 2, 3):
-        total += taps[tap] * weights[:, tap]
+        total += pixels.take(taps[:, tap], axis=axis) * weights[:, tap]
     return total
