@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from benchmarks import environment
@@ -83,5 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_default_matmul_precision", "highest")
     main()

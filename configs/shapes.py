@@ -73,6 +73,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.canvas = (128, 128)
 
     # Training
+    config.stage_order = ("pretrain", "referring")
     config.stages = ConfigDict()
     config.stages.pretrain = dict(
         prompts="points_and_boxes",

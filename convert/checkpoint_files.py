@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class Checkpoint:
 
 def open_directory(directory: Path) -> Checkpoint:
     """Opens a Hugging Face model directory's checkpoint: .safetensors or .bin, whole or sharded."""
-    if not directory.is_dir():
-        found = "is not a directory" if directory.exists() else "does not exist"
+    if not os.path.isdir(directory):  # Path's own raises for a name that is too long
+        found = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise UserError(f"{directory} {found}")
     for name in _DIRECTORY_FILES:
         path = directory / name

@@ -73,7 +73,12 @@ def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamCo
     for key, expected in (("sam_scale", "'huge'"), ("mm_extractor_scale", "'large' or 'base'")):
         if key not in values:
             raise UserError(f"{where} has no {key}: expected {expected}")
-    for architecture in values.get("architectures") or ():
+        if not isinstance(values[key], str):
+            raise UserError(f"{where}: expected {expected} under {key}, found {values[key]!r}")
+    architectures = values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise UserError(f"{where}: expected names under architectures, found {architectures!r}")
+    for architecture in architectures:
         if architecture in _OTHER_SEGMENTERS:
             raise UserError(
                 f"{where} describes {_OTHER_SEGMENTERS[architecture]} (architectures: "

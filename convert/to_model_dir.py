@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.table import Plan, Table, build_leaf, check_source, leaf_dtype, make_plan
+from data_pipelines.tokenizers import MODEL_FILES, load_tokenizer
 from evf_sam_jax.model_dir import Manifest, path_leaves, require_space, write_model_dir
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from evf_sam_jax.output_directory import require_absent
@@ -84,6 +85,7 @@ def write_conversion(
       UserError: the checkpoint does not fit the model; nothing has been written.
     """
     require_absent(model_dir, "the model directory")
+    _check_tokenizer(conversion)
     plan = make_plan(conversion.table, conversion.shapes)
     tensors = conversion.checkpoint.tensors
     ignored = check_source(plan, tensors, conversion.where)
@@ -113,6 +115,14 @@ def write_conversion(
         passthrough={key: tensors[key].load() for key in ignored},
     )
     return manifest, (*conversion.notes, *_notes(conversion, manifest))
+
+
+def _check_tokenizer(conversion: Conversion) -> None:
+    """Raises UserError for a tokenizer that is none: a model with it could not be loaded."""
+    source = conversion.tokenizer_dir
+    if source is not None and any(any(source.glob(pattern)) for pattern in MODEL_FILES):
+        encoder = full_config(conversion.config).encoder
+        load_tokenizer(source).check_vocabulary(encoder.vocab_size)
 
 
 def _source_dtypes(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:

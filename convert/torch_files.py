@@ -93,6 +93,8 @@ def read_torch_file(path: Path) -> Any:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             with zipfile.ZipFile(file) as archive:
                 return _read_archive(path, archive, mapped)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
@@ -101,6 +103,11 @@ def read_torch_file(path: Path) -> Any:
         raise UserError(
             f"{path} is truncated or damaged: it begins like a PyTorch checkpoint, but the zip "
             "directory at its end is missing or unreadable"
+        ) from None
+    except Exception as error:
+        # A damaged archive can raise anything; whatever it is, the file is at fault.
+        raise UserError(
+            f"{path} is damaged: its zip archive cannot be read ({type(error).__name__}: {error})"
         ) from None
 
 

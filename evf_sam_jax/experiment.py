@@ -11,6 +11,9 @@ from evf_sam_jax.optimizer import OptimizerConfig
 from evf_sam_jax.param_rules import Rules
 from evf_sam_jax.train_step import PROMPT_KINDS, LossWeights
 
+# Splits of the embedded data set that no model is trained on.
+HELD_OUT = ("val", "test")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -27,6 +30,19 @@ class DataConfig:
     text_length: int
     canvas: tuple[int, int]
     workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("data.text_length", self.text_length)
+        largest = max(self.shapes.sides)
+        if not (isinstance(self.canvas, tuple) and len(self.canvas) == 2):
+            raise UserError(f"data.canvas: expected a height and a width, found {self.canvas!r}")
+        if min(self.canvas) < largest:
+            raise UserError(
+                f"data.canvas: expected at least {largest} x {largest}, the largest image, found "
+                f"{self.canvas[0]} x {self.canvas[1]}"
+            )
+        if not (isinstance(self.workers, int) and self.workers >= 0):
+            raise UserError(f"data.workers: expected 0 or more, found {self.workers!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +92,10 @@ class EvaluationConfig:
     panel_images: int = 4
 
     def __post_init__(self) -> None:
+        if self.split not in HELD_OUT:
+            raise UserError(
+                f"evaluation.split: expected {' or '.join(HELD_OUT)}, found {self.split!r}"
+            )
         for key in ("images", "batch_size", "every", "panel_images"):
             _check_positive(f"evaluation.{key}", getattr(self, key))
 
@@ -103,6 +123,8 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         _check_positive("log_every", self.log_every)
+        if not self.stages:
+            raise UserError("stages: expected at least one, found none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +147,9 @@ class ModelEvaluationConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise UserError("config.model: expected a model directory, found nothing")
-        if not self.split.startswith("shapes/"):
-            raise UserError(
-                f"config.split: expected shapes/val or shapes/test, found {self.split!r}"
-            )
+        splits = [f"shapes/{split}" for split in HELD_OUT]
+        if self.split not in splits:
+            raise UserError(f"config.split: expected {' or '.join(splits)}, found {self.split!r}")
         for key in ("images", "batch_size"):
             _check_positive(f"config.{key}", getattr(self, key))
 
@@ -141,16 +162,23 @@ def evaluation_from_dict(values: Mapping[str, Any]) -> ModelEvaluationConfig:
 def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     """Returns the experiment that a config file describes.
 
+    Stages run in `stage_order`, since a ConfigDict forgets in which order its keys were set.
+
     Raises:
       UserError: a key is unknown or missing, or a value is not possible.
     """
+    values = dict(values)
+    order = list(values.pop("stage_order", values.get("stages", ())))
     values = _checked(ExperimentConfig, values, "config")
+    if sorted(order) != sorted(values["stages"]):
+        named = ", ".join(sorted(values["stages"]))
+        raise UserError(f"config.stage_order: expected each of {named} once, found {order}")
     data = _checked(DataConfig, values["data"], "config.data")
     data["shapes"] = _build(ShapesConfig, data["shapes"], "config.data.shapes")
     stages = []
-    for name, stage in values["stages"].items():
+    for name in order:
         where = f"config.stages.{name}"
-        stage = _checked(StageConfig, {"name": name, **stage}, where)
+        stage = _checked(StageConfig, {"name": name, **values["stages"][name]}, where)
         stage["optimizer"] = _build(OptimizerConfig, stage["optimizer"], f"{where}.optimizer")
         if "loss" in stage:
             stage["loss"] = _build(LossWeights, stage["loss"], f"{where}.loss")

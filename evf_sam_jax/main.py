@@ -38,8 +38,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         arguments = options(argv)
         if options.config is not None:
             options.config.to_dict()  # raises where the file could not be loaded
-    except AttributeError as error:
-        raise UserError(f"--config.KEY=VALUE: the config has no key {error}") from None
+    except (AttributeError, KeyError) as error:
+        reason = " ".join(str(error.args[0]).split())
+        if "get_config" in reason:
+            raise UserError("--config: expected a file with get_config, found none") from None
+        raise UserError(f"--config.KEY=VALUE: the config has no key {reason}") from None
+    except SyntaxError as error:
+        raise UserError(f"--config: expected a Python file, found {error.msg}") from None
     except OSError:
         raise UserError("--config: expected a config file, found none at that path") from None
     except flags.IllegalFlagValueError as error:

@@ -26,14 +26,14 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from data_pipelines.tokenizers import MODEL_FILES
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.output_directory import new_directory
 
 FORMAT_VERSION = 1
 # Glob patterns; those of the model first, without which texts cannot be encoded.
-TOKENIZER_MODELS = ("sentencepiece.bpe.model", "*.spm")
 TOKENIZER_FILES = (
-    *TOKENIZER_MODELS,
+    *MODEL_FILES,
     "added_tokens.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -132,8 +132,9 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
     """
     path = Path(path)
     file = path / "manifest.json"
-    if not path.is_dir():
-        raise UserError(f"{path} {'is not a directory' if path.exists() else 'does not exist'}")
+    if not os.path.isdir(path):  # Path's own raises for a name that is too long
+        found = "is not a directory" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{path} {found}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -148,6 +149,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             f"{file}: expected format_version {FORMAT_VERSION}, found {version!r}; the model "
             "directory was written by another version of evf_sam_jax"
         )
+    if not isinstance(values.get("config", {}), dict):
+        raise UserError(f"{file}: expected an object under config, found {values['config']!r}")
     try:
         return Manifest(**values)
     except TypeError as error:
@@ -164,7 +167,7 @@ def load_params(
 
     Args:
       path: the model directory.
-      dtype: cast to this while reading; as stored if None.
+      dtype: cast to this while reading; as stored if None (float64 becomes float32 on a device).
       only: reads the leaves in whose '/'-path this regular expression is found.
       place: puts a leaf (its path and its array) where it shall live, for instance
         `lambda path, leaf: jax.device_put(leaf, shardings[path])`; by default, the default device.
@@ -235,7 +238,7 @@ def read_passthrough(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def require_space(path: str | os.PathLike, needed: int) -> None:
     """Raises UserError if the disk that `path` will be on has fewer than `needed` bytes free."""
-    existing = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    existing = next(parent for parent in Path(path).absolute().parents if os.path.isdir(parent))
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
@@ -365,7 +368,7 @@ def _copy_tokenizer(source: Path, target: Path) -> bool:
         target.mkdir()
         for file in files:
             shutil.copyfile(file, target / file.name)
-    return any(file.match(pattern) for file in files for pattern in TOKENIZER_MODELS)
+    return any(file.match(pattern) for file in files for pattern in MODEL_FILES)
 
 
 def _first_line(error: Exception) -> str:

@@ -49,6 +49,10 @@ class OptimizerConfig:
                 f"optimizer.schedule: expected one of {', '.join(SCHEDULES)}, "
                 f"found {self.schedule!r}"
             )
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "epsilon"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value >= 0):
+                raise UserError(f"optimizer.{name}: expected 0 or more, found {value!r}")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

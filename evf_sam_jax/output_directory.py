@@ -25,7 +25,7 @@ def new_directory(path: str | os.PathLike, name: str = "the output directory") -
     """
     path = Path(path)
     require_absent(path, name)
-    missing_parents = [parent for parent in path.parents if not parent.exists()]
+    missing_parents = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

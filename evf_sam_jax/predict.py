@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,8 +37,11 @@ TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 TILE = 512  # side of the tiles that the output is computed in, in pixels
 
 # What a tensor of matrix products is called; all others (norms, biases, positional encodings, the
-# mask decoder) stay float32 in a bfloat16 model: they are small, and rounding them costs accuracy.
-MATRICES = r"(encoder|projector|segmenter/image_encoder)/.*kernel|encoder/text_embed/embedding"
+# neck, the mask decoder) stay float32 in a bfloat16 model: they are small, and rounding them costs
+# accuracy.
+MATRICES = (
+    r"(encoder|projector|segmenter/image_encoder/(?!neck/).*)/.*kernel|encoder/text_embed/embedding"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +178,17 @@ class Predictor:
 
     def encode(self, image: UInt8[np.ndarray, "h w 3"]) -> EncodedImage:
         """Computes what all phrases share; the slow part of a prediction."""
-        if image.size == 0:
-            raise UserError(f"expected an image with pixels, found one of shape {image.shape}")
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise UserError(
+                "expected an image of uint8 pixels [height, width, 3], "
+                f"found {image.dtype} {list(image.shape)}"
+            )
         sam_image, sam_size = image_input.sam_input(image, self.config.segmenter.image_size)
         encoder_image = image_input.encoder_input(image, self.config.encoder.image_size)
         size = jax.device_put(np.asarray([sam_size], np.int32))
-        with self._precision():
-            features = self._encode_image(
-                {"segmenter": self.params["segmenter"]}, sam_image[None], size
-            )
+        features = self._encode_image(
+            {"segmenter": self.params["segmenter"]}, sam_image[None], size
+        )
         return EncodedImage(
             features=features,
             encoder_image=jax.device_put(encoder_image[None]),
@@ -227,19 +231,13 @@ class Predictor:
         )
         padded = [*ids, *[ids[0]] * (phrases - len(ids))]
         text_ids, text_valid = tokenizers.pad_token_ids(padded, tokens)
-        with self._precision():
-            text = self._encode_phrases(
-                {key: self.params[key] for key in ("encoder", "projector")},
-                encoded.encoder_image,
-                text_ids[None],
-                text_valid[None],
-            )
-            return self._decode({"segmenter": self.params["segmenter"]}, encoded.features, text)
-
-    def _precision(self) -> Any:
-        """In a float32 model products are float32 too, which accelerators do only when told."""
-        exact = self.config.segmenter.dtype == "float32"
-        return jax.default_matmul_precision("highest" if exact else "default")
+        text = self._encode_phrases(
+            {key: self.params[key] for key in ("encoder", "projector")},
+            encoded.encoder_image,
+            text_ids[None],
+            text_valid[None],
+        )
+        return self._decode({"segmenter": self.params["segmenter"]}, encoded.features, text)
 
 
 def _decode_text(
@@ -355,11 +353,14 @@ def predict_file(
         found = "both" if texts else "neither"
         raise UserError(f"expected phrases by --text or by --text_ids, found {found}")
     text_ids = [_parse_ids(line) for line in id_lines]
-    with new_directory(out, name="--out") as directory:
-        pixels = image_input.read_image(image)
-        predictor = Predictor.load(model, dtype=dtype)
-        ids = predictor.token_ids(texts or None, text_ids or None)
-        return list(write_prediction(predictor, pixels, texts or id_lines, ids, directory))
+    try:
+        with new_directory(out, name="--out") as directory:
+            pixels = image_input.read_image(image)
+            predictor = Predictor.load(model, dtype=dtype)
+            ids = predictor.token_ids(texts or None, text_ids or None)
+            return list(write_prediction(predictor, pixels, texts or id_lines, ids, directory))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror or error}") from None
 
 
 def write_prediction(

@@ -23,10 +23,10 @@ from data_pipelines.train_pipeline import iterate, train_dataset
 from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.experiment import ExperimentConfig, StageConfig
 from evf_sam_jax.metrics import IouSums, StepMetrics
-from evf_sam_jax.model_dir import Manifest, write_model_dir
-from evf_sam_jax.models.evf_sam import init_params
+from evf_sam_jax.model_dir import Manifest, path_leaves, write_model_dir
+from evf_sam_jax.models.evf_sam import init_params, param_shapes
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
-from evf_sam_jax.param_rules import Params, map_rules
+from evf_sam_jax.param_rules import Params, map_rules, match_rules
 from evf_sam_jax.predict import Predictor
 from evf_sam_jax.run_log import RunLog, check_finite, clock, make_workdir
 from evf_sam_jax.train_state import create_state, split_params
@@ -47,9 +47,10 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums:
       UserError: the directory holds another run, the configuration cannot be, or a loss stopped
         being finite.
     """
-    make_workdir(workdir, config)
     tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.model.encoder.max_text_tokens)
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
+    check_experiment(config)
+    make_workdir(workdir, config)
     params = initial_params(config)
     with RunLog(workdir) as log:
         log.line(parameter_overview.get_parameter_overview(params, include_stats=False))
@@ -65,6 +66,17 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums:
         write_model_dir(workdir / "model", params, manifest, SHAPES_TOKENIZER)
         log.line(f"model directory: {workdir / 'model'}")
     return sums
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """Raises UserError for what would otherwise stop the run after minutes of training."""
+    params = param_shapes(config.model)
+    match_rules(config.init_scale, path_leaves(params), "init_scale")
+    for stage in config.stages:
+        trainable, _ = split_params(params, stage.trainable)
+        make_optimizer(stage.optimizer, stage.steps, trainable)
+    _source(config, "train")
+    _source(config, config.evaluation.split, config.evaluation.images)
 
 
 def initial_params(config: ExperimentConfig) -> Params:
@@ -105,11 +117,11 @@ def run_stage(
             if len(pending) > STEPS_AHEAD:
                 progress.add(pending.pop(0))
             if step % config.evaluation.every == 0 or step == stage.steps:
+                while pending:
+                    progress.add(pending.pop(0))
                 with progress.paused():
                     sums = evaluate(count_step, state.params, _held_out(config, stage, tokenizer))
                     progress.held_out(step, sums)
-    for metrics in pending:
-        progress.add(metrics)
     return state.params, sums
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from evf_sam_jax.models.layers import matmul_precision
+
 # Scores computed at a time, by backend: 4 MiB of float32 fit a core's cache; an accelerator only
 # needs its memory bounded.
 TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
@@ -31,12 +33,19 @@ def attend(
     Keys where `key_valid` is false get no weight. A row without any valid key attends evenly, so
     that padding never turns into NaN.
     """
-    scores = jnp.einsum("bqhd,bshd->bhqs", query * scale, key, preferred_element_type=jnp.float32)
+    precision = matmul_precision(query.dtype)
+    scores = jnp.einsum(
+        "bqhd,bshd->bhqs",
+        query * scale,
+        key,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
     if key_valid is not None:
         lowest = jnp.finfo(jnp.float32).min
         scores = jnp.where(key_valid[:, None, None, :], scores, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhqs,bshd->bqhd", weights, value)
+    return jnp.einsum("bhqs,bshd->bqhd", weights, value, precision=precision)
 
 
 def attend_square(
@@ -58,16 +67,23 @@ def attend_square(
       bias_w: added to the scores of all keys in a column of the square.
     """
     n, tokens, width = query.shape
+    precision = matmul_precision(query.dtype)
 
     def attend_tile(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
         q, k, v, h, w = tile
-        scores = jnp.einsum("rqd,rkd->rqk", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "rqd,rkd->rqk", q, k, precision=precision, preferred_element_type=jnp.float32
+        )
         bias = h[..., :, None].astype(jnp.float32) + w[..., None, :].astype(jnp.float32)
         scores = scores + bias.reshape(scores.shape)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         total = weights.sum(axis=-1, keepdims=True)
         context = jnp.einsum(
-            "rqk,rkd->rqd", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
+            "rqk,rkd->rqd",
+            weights.astype(q.dtype),
+            v,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
         return (context / total).astype(q.dtype)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from evf_sam_jax.models.attention import attend
+from evf_sam_jax.models.config_checks import check_choice, check_multiple, check_values
 from evf_sam_jax.models.layers import (
     TORCH_NORMAL,
     PatchConv,
@@ -32,6 +33,12 @@ from evf_sam_jax.models.layers import (
 
 Fusion = Literal["text", "late", "early"]
 Readout = Literal["image_cls", "text_cls", "image_mean", "concat"]
+# What can be read out: only what the phrase has reached.
+READOUTS = {
+    "early": ("image_cls", "text_cls", "image_mean", "concat"),
+    "late": ("concat", "text_cls"),
+    "text": ("text_cls",),
+}
 
 LAYER_NORM_EPSILON = 1e-5  # torchscale architecture/config.py
 POSITION_OFFSET = 2  # fairseq: rows 0 and 1 of both position tables are never used
@@ -65,6 +72,16 @@ class Beit3Config:
     dtype: str = "bfloat16"
     remat: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no model can have."""
+        check_values(self, "encoder")
+        check_choice("encoder.fusion", self.fusion, tuple(READOUTS))
+        check_choice(
+            f"encoder.readout with {self.fusion} fusion", self.readout, READOUTS[self.fusion]
+        )
+        check_multiple(self, "encoder", "width", "heads")
+        check_multiple(self, "encoder", "image_size", "patch_size")
+
     @classmethod
     def base(cls) -> "Beit3Config":
         """`beit3_base_patch16_224`."""
@@ -77,7 +94,7 @@ class Beit3Config:
 
     @classmethod
     def tiny(cls) -> "Beit3Config":
-        """An encoder for tests and for the embedded dataset."""
+        """An encoder for tests."""
         return cls(
             width=64,
             heads=4,

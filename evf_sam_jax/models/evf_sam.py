@@ -22,12 +22,17 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.config_checks import check_choice
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.models.layers import Mlp
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam.sam import Sam
 
 Params = dict[str, Any]
+
+# Of preprocessing and decoding: checkpoints from before and after hustvl/EVF-SAM's commit 9d00853.
+# With a SAM ViT both mean the same.
+PROFILES = ("current", "legacy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,10 @@ class EvfSamConfig:
     encoder: Beit3Config
     segmenter: SamConfig
     profile: str = "current"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a profile that there is none of."""
+        check_choice("model.profile", self.profile, PROFILES)
 
     @classmethod
     def evf_sam(cls) -> "EvfSamConfig":
@@ -68,8 +77,10 @@ class EvfSamConfig:
         )
 
 
-def checked_keys(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+def checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
     """Returns `values` if they can construct the dataclass `cls`; UserError otherwise."""
+    if not isinstance(values, dict):
+        raise UserError(f"config {where}: expected keys with values, found {values!r}")
     fields = dataclasses.fields(cls)
     unknown = sorted(set(values) - {field.name for field in fields})
     if unknown:

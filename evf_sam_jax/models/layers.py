@@ -14,6 +14,15 @@ TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, mode="fan_in", distribut
 TORCH_NORMAL = nn.initializers.normal(stddev=1.0)
 
 
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
+    """Returns how products in `dtype` are computed: those of float32 are float32 on every device.
+
+    An accelerator otherwise rounds float32 inputs to TF32 or bfloat16 on the way.
+    """
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
 def gelu_float32(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Returns the exact (erf) GELU, evaluated in float32 and cast back to the dtype of `x`."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
@@ -44,14 +53,14 @@ def dense(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=jnp.float32,
-        precision=None,  # follows jax.default_matmul_precision
+        precision=matmul_precision(dtype),
         kernel_init=kernel_init,
         name=name,
     )
 
 
 class Mlp(nn.Module):
-    """Linear layers `{prefix}{i}` with an activation between them and none at the end."""
+    """Linear layers of the given names with an activation between them and none at the end."""
 
     features: Sequence[int]
     activation: str
@@ -86,7 +95,8 @@ class PatchConv(nn.Module):
         kernel = self.param("kernel", TORCH_UNIFORM, (p, p, c, self.features), jnp.float32)
         patches = image.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, h // p, w // p, p * p * c).astype(self.dtype)
-        x = patches @ kernel.reshape(p * p * c, self.features).astype(self.dtype)
+        kernel = kernel.reshape(p * p * c, self.features).astype(self.dtype)
+        x = jnp.matmul(patches, kernel, precision=matmul_precision(self.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             x = x + bias.astype(self.dtype)[None, None, None]
@@ -109,6 +119,7 @@ class PatchTranspose(nn.Module):
         kernel = self.param("kernel", TORCH_UNIFORM, (2, 2, c, d), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (d,), jnp.float32)
         kernel = kernel.transpose(2, 0, 1, 3).reshape(c, 4 * d).astype(self.dtype)
-        y = (x.astype(self.dtype) @ kernel).reshape(b, h, w, 2, 2, d)
+        y = jnp.matmul(x.astype(self.dtype), kernel, precision=matmul_precision(self.dtype))
+        y = y.reshape(b, h, w, 2, 2, d)
         y = y.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, d)
         return y + bias.astype(self.dtype)[None, None, None]

@@ -1,5 +1,7 @@
 """The config of the embedded default is one that can be trained, whatever the fusion."""
 
+from pathlib import Path
+
 import pytest
 
 from configs import evaluate, shapes
@@ -8,8 +10,7 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import evaluation_from_dict, experiment_from_dict
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.evf_sam import param_shapes
-from evf_sam_jax.optimizer import make_optimizer
-from evf_sam_jax.param_rules import map_rules
+from evf_sam_jax.train import check_experiment, train
 from evf_sam_jax.train_state import split_params
 
 
@@ -17,11 +18,18 @@ from evf_sam_jax.train_state import split_params
 def test_rules_cover_the_model(fusion: str):
     config = experiment_from_dict(shapes.get_config(f"fusion={fusion}").to_dict())
     assert config.model.encoder.fusion == fusion
-    params = param_shapes(config.model)
-    map_rules(lambda factor, leaf: leaf, config.init_scale, params, "init_scale")
-    for stage in config.stages:
-        trainable, _ = split_params(params, stage.trainable)
-        make_optimizer(stage.optimizer, stage.steps, trainable)
+    check_experiment(config)
+
+
+def test_stages_run_in_the_order_given():
+    values = shapes.get_config()
+    values.stages.another = values.stages.referring
+    values.stage_order = ("pretrain", "referring", "another")
+    stages = experiment_from_dict(values.to_dict()).stages
+    assert [stage.name for stage in stages] == ["pretrain", "referring", "another"]
+    values.stage_order = ("pretrain", "another")
+    with pytest.raises(UserError, match="stage_order: expected each of another, pretrain, refer"):
+        experiment_from_dict(values.to_dict())
 
 
 def test_the_second_stage_freezes_the_image_encoder_and_trains_what_the_paper_trains():
@@ -69,6 +77,38 @@ def test_an_impossible_value_is_named(key: str, value, message: str):
     values["stages"]["referring"][key] = value
     with pytest.raises(UserError, match=f"stages.referring.{message}"):
         experiment_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.canvas", (64, 64), "data.canvas: expected at least 128 x 128"),
+        ("data.workers", -2, "data.workers: expected 0 or more, found -2"),
+        ("evaluation.split", "train", "evaluation.split: expected val or test, found 'train'"),
+        ("evaluation.images", 10_001, "length of shapes/val: expected 1 to 10000, found 10001"),
+        ("model.encoder.fusion", "late", "encoder.readout with late fusion: expected concat or"),
+        ("model.encoder.heads", 5, "encoder.width: expected a multiple of heads 5, found 96"),
+        ("model.encoder.dtype", "float99", "encoder.dtype: expected float32 or bfloat16"),
+        ("model.encoder.layers", 0, "encoder.layers: expected a positive integer, found 0"),
+        ("model.segmenter.depth", 5, "segmenter.depth: expected a multiple of global_every 2"),
+        ("model.segmenter.image_size", 120, "segmenter.image_size: expected a multiple of patch"),
+        ("model.profile", "old", "model.profile: expected current or legacy, found 'old'"),
+        ("stages.referring.trainable", [["(", True]], "'\\(' is not a regular expression"),
+        ("stages.referring.optimizer.warmup_steps", -1, "warmup_steps: expected 0 or more"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    tmp_path: Path, path: str, value, message: str
+):
+    values = shapes.get_config().to_dict()
+    *parents, key = path.split(".")
+    section = values
+    for parent in parents:
+        section = section[parent]
+    section[key] = value
+    with pytest.raises(UserError, match=message):
+        train(experiment_from_dict(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_names_what_it_measures():

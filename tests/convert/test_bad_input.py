@@ -132,6 +132,18 @@ def test_positions_that_are_no_square(tmp_path: Path, refusal):
         ("[1]", "expected a JSON object, found list"),
         ('{"mm_extractor_scale": "large", "hidden_size": 1024}', "has no sam_scale"),
         ('{"sam_scale": "huge", "hidden_size": 1024}', "has no mm_extractor_scale"),
+        (
+            '{"sam_scale": ["huge"], "mm_extractor_scale": "large"}',
+            "expected 'huge' under sam_scale, found ['huge']",
+        ),
+        (
+            '{"sam_scale": "huge", "mm_extractor_scale": "large", "architectures": 5}',
+            "expected names under architectures, found 5",
+        ),
+        (
+            '{"evf_sam_jax": {"variant": "x", "config": {"encoder": 5, "segmenter": {}}}}',
+            "model.encoder: expected keys with values, found 5",
+        ),
     ],
 )
 def test_configs_that_do_not_say_which_model(
@@ -190,6 +202,26 @@ def test_output_directories_that_cannot_be_written(
     assert "cannot make" in said
 
 
+def test_a_path_too_long_for_the_system(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
+    torch_writer.save(tmp_path / "sam.pth", sam)
+    said = refusal("sam", tmp_path / "sam.pth", tmp_path / ("long" * 100) / "model")
+    assert "cannot make" in said and "File name too long" in said
+    assert "does not exist" in refusal("inspect", tmp_path / ("long" * 100))
+    assert "does not exist" in refusal("evf-sam", tmp_path / ("long" * 100), tmp_path / "model")
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path: Path, refusal):
+    source, target = tmp_path / "source", tmp_path / "model"
+    write_evf_sam(source, state_dict("evf-sam"))
+    file = source / "sentencepiece.bpe.model"
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "expected a SentencePiece model" in refusal("evf-sam", source, target)
+    file.write_bytes((GOLDEN / "tokenizer_parity.model").read_bytes())
+    (source / "added_tokens.json").write_text('{"[semantic]": 64002}')
+    said = "ids up to 64002, but the model's text embedding has only 128 rows"
+    assert said in refusal("evf-sam", source, target)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_output_directories_without_permission(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
     torch_writer.save(tmp_path / "sam.pth", sam)
@@ -227,6 +259,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, sam: dict[str, np.ndarra
         ("{", "is not JSON"),
         ('{"format_version": 2}', "expected format_version 1, found 2"),
         ('{"format_version": 1, "colour": "red"}', "is not a manifest"),
+        ('{"format_version": 1, "variant": "x", "config": 5}', "an object under config, found 5"),
     ],
 )
 def test_what_is_no_model_directory(

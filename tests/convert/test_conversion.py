@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from convert.__main__ import main
 from convert.beit3 import interpolate_positions
+from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax import model_dir
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from tests.convert import torch_writer
@@ -157,8 +158,8 @@ def test_tokenizer_files_travel_with_the_model(tmp_path: Path):
     source = tmp_path / "source"
     write_evf_sam(source, state_dict("evf-sam"))
     files = {
-        "sentencepiece.bpe.model": b"\x00model",
-        "added_tokens.json": b'{"[semantic]": 64002}',
+        "sentencepiece.bpe.model": (SHAPES_TOKENIZER / "sentencepiece.bpe.model").read_bytes(),
+        "added_tokens.json": b'{"[semantic]": 100}',
         "tokenizer_config.json": b"{}",
         "special_tokens_map.json": b"{}",
     }
@@ -361,6 +362,7 @@ def test_the_full_size_goes_there_and_back_within_its_memory(tmp_path: Path):
     source.mkdir()
     golden_checkpoint.write_evf_sam(source)
     arguments = ["evf-sam", source, model]
+    start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "convert", *arguments], cwd=ROOT)
     peak = 0
     while process.poll() is None:
@@ -370,6 +372,10 @@ def test_the_full_size_goes_there_and_back_within_its_memory(tmp_path: Path):
         time.sleep(0.02)
     assert process.returncode == 0
     written = sum(leaf.size * leaf.dtype.itemsize for leaf in model_dir.describe(model).values())
+    print(
+        f"convert evf-sam: {time.monotonic() - start:.0f} s, peak RssAnon {peak / 1e9:.2f} GB "
+        f"(bar: {written / 1e9:.2f} GB of output + 1.5 GB)"
+    )
     assert peak <= written + 1.5e9
     run("to-torch", model, back)
     with (

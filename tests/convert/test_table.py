@@ -140,7 +140,7 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 
 def test_a_long_list_of_mistakes_is_cut_short():
-    with pytest.raises(UserError, match=r"5 tensors missing: .* and 1 more|5 tensors missing"):
+    with pytest.raises(UserError, match="5 tensors missing"):
         check_source(make_plan(STACK, STACK_SHAPES), {}, "some.pth")
     many = source(**{f"extra{i}": np.zeros(1) for i in range(100)})
     with pytest.raises(UserError, match="and 95 more"):

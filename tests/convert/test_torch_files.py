@@ -92,6 +92,23 @@ def test_truncated_files_are_refused(tmp_path: Path, kept: float):
     refusal(path)
 
 
+def test_damaged_files_are_read_or_refused_but_raise_nothing_else(tmp_path: Path):
+    whole = np.frombuffer((GOLDEN / "module.pth").read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged.pth"
+    refused = 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(whole.size, size=rng.integers(1, 5))] = rng.integers(256)
+        path.write_bytes(damaged.tobytes())
+        try:
+            read_torch_file(path)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 50
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

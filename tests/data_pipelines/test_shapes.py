@@ -162,7 +162,7 @@ def test_masks_do_not_overlap_and_are_large_enough(scenes: list[tuple]):
 def test_images_differ_in_size_and_aspect_ratio(scenes: list[tuple]):
     sizes = {(scene.height, scene.width) for scene, *_ in scenes}
     assert len(sizes) > IMAGES / 2
-    assert min(min(size) for size in sizes) >= 88 and max(max(size) for size in sizes) <= 128
+    assert min(min(size) for size in sizes) >= 96 and max(max(size) for size in sizes) <= 128
     assert min(h / w for h, w in sizes) < 0.8 and max(h / w for h, w in sizes) > 1.25
 
 

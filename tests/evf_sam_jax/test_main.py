@@ -41,7 +41,21 @@ def test_a_run_trains_both_stages_and_ends_with_a_model(tmp_path: Path):
     [
         (["--config=configs/shapes.py:fuson=late"], "unknown config argument 'fuson', expected"),
         (["--config=configs/shapes.py:fusion=x"], "'fusion': expected early or late or text"),
-        (["--config=configs/shapes.py", "--config.bogus=1"], "the config has no key \"'bogus'\""),
+        (["--config=configs/shapes.py", "--config.bogus=1"], "the config has no key 'bogus'"),
+        (
+            ["--config=configs/shapes.py", "--config.stages.refering.steps=5"],
+            "the config has no key 'refering' Did you mean \"referring\"",
+        ),
+        (
+            ["--config=configs/shapes.py", "--config.model.encoder.layrs=5"],
+            "the config has no key 'layrs' Did you mean \"layers\"",
+        ),
+        (
+            ["--config=configs/shapes.py", "--config.model.encoder.fusion=erly"],
+            "encoder.fusion: expected early or late or text, found 'erly'",
+        ),
+        (["--config=README.md"], "--config: expected a Python file, found "),
+        (["--config=evf_sam_jax/errors.py"], "--config: expected a file with get_config"),
         (["--config=configs/shapes.py", "--config.seed=x"], "flag --config.seed=x: invalid"),
         (["--config=configs/none.py"], "--config: expected a config file, found none"),
         ([], "--config: expected a file such as configs/shapes.py, found nothing"),

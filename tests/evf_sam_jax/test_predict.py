@@ -157,6 +157,8 @@ def test_bfloat16_is_near_float32_and_keeps_norms_and_positions_exact(
     half = Predictor.load(directory, dtype="bfloat16")
     dtypes = {name: leaf.dtype for name, leaf in model_dir.path_leaves(half.params).items()}
     assert dtypes["projector/out/kernel"] == dtypes["encoder/text_embed/embedding"] == jnp.bfloat16
+    assert dtypes["segmenter/image_encoder/patch_embed/proj/kernel"] == jnp.bfloat16
+    assert dtypes["segmenter/image_encoder/neck/conv2/kernel"] == jnp.float32
     gaussian = "segmenter/prompt_encoder/pe_layer/positional_encoding_gaussian_matrix"
     assert dtypes[gaussian] == dtypes["encoder/layer_norm/vision/scale"] == jnp.float32
     exact = predictor.predict(picture(50, 60), text_ids=[[5] * 20]).low_res_logits
@@ -207,7 +209,9 @@ def test_phrases_that_cannot_be_used(predictor: Predictor, arguments: dict, word
 
 
 def test_an_image_without_pixels(predictor: Predictor):
-    with pytest.raises(UserError, match="image with pixels"):
+    with pytest.raises(
+        UserError, match=r"uint8 pixels \[height, width, 3\], found uint8 \[0, 5, 3\]"
+    ):
         predictor.predict(np.zeros((0, 5, 3), np.uint8), text_ids=[[5]])
 
 
@@ -340,6 +344,23 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         predict_file(**arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_fills_up_meanwhile(directory: pathlib.Path, tmp_path: pathlib.Path):
+    image = image_file(tmp_path / "image.png")
+    # A limit on the size of files is the nearest to a full disk that every machine has.
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "import runpy; runpy.run_module('evf_sam_jax.predict', run_name='__main__')"
+    )
+    arguments = [f"--model={directory}", f"--image={image}", "--text=it", f"--out={tmp_path}/out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: --out: cannot write {tmp_path}/out: File too large\n"
+    assert sorted(tmp_path.iterdir()) == [image]
 
 
 # The command itself, as a process.

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from evf_sam_jax.models.config_checks import check_multiple, check_values
+
 
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
@@ -40,6 +42,15 @@ class SamConfig:
     remat: bool = False
     encoder_chunk: int | None = 1
 
+    def __post_init__(self) -> None:
+        """Raises UserError for values that no model can have."""
+        check_values(self, "segmenter")
+        check_multiple(self, "segmenter", "width", "heads")
+        check_multiple(self, "segmenter", "depth", "global_every")
+        check_multiple(self, "segmenter", "image_size", "patch_size")
+        # Cross-attention works in half the channels, upscaling ends with an eighth of them.
+        check_multiple(self, "segmenter", "out_channels", "decoder_heads")
+
     @classmethod
     def vit_b(cls) -> "SamConfig":
         """`sam_vit_b_01ec64`."""
@@ -57,7 +68,7 @@ class SamConfig:
 
     @classmethod
     def tiny(cls) -> "SamConfig":
-        """A segmenter for tests and for the embedded dataset."""
+        """A segmenter for tests."""
         return cls(
             width=64,
             depth=4,

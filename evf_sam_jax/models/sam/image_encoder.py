@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from evf_sam_jax.models.attention import attend_square
-from evf_sam_jax.models.layers import TORCH_UNIFORM, Mlp, PatchConv, dense, layer_norm
+from evf_sam_jax.models.layers import (
+    TORCH_UNIFORM,
+    Mlp,
+    PatchConv,
+    dense,
+    layer_norm,
+    matmul_precision,
+)
 from evf_sam_jax.models.sam.config import SamConfig
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -66,8 +73,10 @@ class Attention(nn.Module):
         grid_q = q.reshape(n * heads, size, size, width)  # unscaled, as in the original
         rows = relative_positions(table_h, size).astype(config.dtype)
         columns = relative_positions(table_w, size).astype(config.dtype)
-        bias_h = jnp.einsum("nhwc,hkc->nhwk", grid_q, rows).reshape(n * heads, tokens, size)
-        bias_w = jnp.einsum("nhwc,wkc->nhwk", grid_q, columns).reshape(n * heads, tokens, size)
+        precision = matmul_precision(config.dtype)
+        bias_h = jnp.einsum("nhwc,hkc->nhwk", grid_q, rows, precision=precision)
+        bias_w = jnp.einsum("nhwc,wkc->nhwk", grid_q, columns, precision=precision)
+        bias_h, bias_w = (bias.reshape(n * heads, tokens, size) for bias in (bias_h, bias_w))
         context = attend_square(q, k, v, bias_h, bias_w, scale=width**-0.5)
         context = context.reshape(n, heads, tokens, width).transpose(0, 2, 1, 3)
         context = context.reshape(n, size, size, config.width)
@@ -154,7 +163,7 @@ class Neck(nn.Module):
             use_bias=False,
             dtype=jnp.float32,
             param_dtype=jnp.float32,
-            precision=None,  # follows jax.default_matmul_precision
+            precision=matmul_precision(jnp.float32),
             kernel_init=TORCH_UNIFORM,
             name="conv2",
         )(x)

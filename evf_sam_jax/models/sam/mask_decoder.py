@@ -15,6 +15,7 @@ from evf_sam_jax.models.layers import (
     PatchTranspose,
     gelu_float32,
     layer_norm,
+    matmul_precision,
 )
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam.transformer import TwoWayTransformer
@@ -91,5 +92,7 @@ class MaskDecoder(nn.Module):
         )(tokens[:, 0])
 
         chosen = slice(1, masks) if multimask else slice(0, 1)
-        logits = jnp.einsum("nmc,nhwc->nmhw", hyper[:, chosen], upscaled)
+        logits = jnp.einsum(
+            "nmc,nhwc->nmhw", hyper[:, chosen], upscaled, precision=matmul_precision(config.dtype)
+        )
         return logits.astype(jnp.float32), iou[:, chosen].astype(jnp.float32)

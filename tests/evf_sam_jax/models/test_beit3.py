@@ -30,7 +30,7 @@ encoder_tokens = jax.jit(evf_sam.encoder_tokens, static_argnums=0)
 
 def tokens(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given, fusion: str):
     """Image and text tokens of each of n pairs, given as n images with one phrase each."""
-    encoder = dataclasses.replace(config.encoder, fusion=fusion)
+    encoder = dataclasses.replace(config.encoder, fusion=fusion, readout="text_cls")
     config = dataclasses.replace(config, encoder=encoder)
     return encoder_tokens(config, params, given.image, given.ids[:, None], given.valid[:, None])
 

@@ -1,0 +1,37 @@
+"""What the values of a model's configuration must satisfy, each said in one sentence."""
+
+import dataclasses
+from typing import Any
+
+from evf_sam_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+def check_values(config: Any, where: str) -> None:
+    """Raises UserError unless every integer is positive and the dtype is one of `DTYPES`.
+
+    Args:
+      config: a frozen dataclass with the fields of a tower.
+      where: what an error calls it, such as "encoder".
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{where}.{field.name}: expected a positive integer, found {value!r}")
+    check_choice(f"{where}.dtype", config.dtype, DTYPES)
+
+
+def check_choice(where: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{where}: expected {' or '.join(choices)}, found {value!r}")
+
+
+def check_multiple(config: Any, where: str, name: str, divisor_name: str) -> None:
+    """Raises UserError unless one field is a multiple of another."""
+    value, divisor = getattr(config, name), getattr(config, divisor_name)
+    if value % divisor:
+        raise UserError(
+            f"{where}.{name}: expected a multiple of {divisor_name} {divisor}, found {value}"
+        )
