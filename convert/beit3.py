@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float32
 
 from convert.checkpoint_files import Checkpoint, SourceTensor, open_file
 from convert.table import (
@@ -25,6 +25,7 @@ from convert.table import (
     weight_and_bias,
 )
 from convert.to_model_dir import Conversion, leaf_shapes
+from data_pipelines.image_input import resize_bicubic
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig
@@ -33,7 +34,6 @@ POSITIONS = "beit3.encoder.embed_positions.A.weight"
 _WORDS = "beit3.text_embed.weight"
 _PATCHES = "beit3.vision_embed.proj.weight"
 _EXTRA_POSITIONS = 3  # two rows of fairseq's offset, and [CLS]
-_BICUBIC = -0.75  # the constant of PyTorch's bicubic interpolation
 
 CONFIGS = {
     "beit3_base": Beit3Config.base(),
@@ -169,8 +169,8 @@ def _interpolated(tensor: SourceTensor, side: int) -> SourceTensor:
 
 
 def interpolate_positions(
-    positions: Float[np.ndarray, "rows d"], side: int
-) -> Float[np.ndarray, "new_rows d"]:
+    positions: Float32[np.ndarray, "rows d"], side: int
+) -> Float32[np.ndarray, "new_rows d"]:
     """Resizes the positions of the patches to a grid of side x side; the first three rows stay.
 
     As `F.interpolate(mode="bicubic", align_corners=False)` (a = -0.75, no antialias), which
@@ -178,21 +178,5 @@ def interpolate_positions(
     """
     extra, grid = positions[:_EXTRA_POSITIONS], positions[_EXTRA_POSITIONS:]
     old = math.isqrt(len(grid))
-    weights = _bicubic_matrix(old, side)
-    grid = grid.reshape(old, old, -1)
-    resized = np.einsum("yi,xj,ijd->yxd", weights, weights, grid, optimize=True)
-    return np.concatenate([extra, resized.reshape(side * side, -1).astype(positions.dtype)])
-
-
-def _bicubic_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """The matrix that resizes a line of `old` samples to `new`, its borders repeated."""
-    centre = (np.arange(new) + 0.5) * (old / new) - 0.5
-    first = np.floor(centre).astype(int) - 1
-    matrix = np.zeros((new, old))
-    for tap in range(4):
-        distance = np.abs(centre - (first + tap))
-        near = (_BICUBIC + 2) * distance**3 - (_BICUBIC + 3) * distance**2 + 1
-        far = _BICUBIC * (distance**3 - 5 * distance**2 + 8 * distance - 4)
-        weight = np.where(distance <= 1, near, far)
-        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
-    return matrix
+    resized = resize_bicubic(grid.reshape(old, old, -1), side)
+    return np.concatenate([extra, resized.reshape(side * side, -1)])

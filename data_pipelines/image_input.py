@@ -106,23 +106,31 @@ def encoder_input(
 ) -> Float32[np.ndarray, "size size 3"]:
     """The multimodal encoder's image: to [0, 1], bicubic to size x size, then (x - 0.5) / 0.5.
 
-    The bicubic filter is torch's `F.interpolate(mode="bicubic", align_corners=False)` without
-    antialias: a = -0.75, edges repeated, values overshoot [-1, 1]. Only the 4 x 4 pixels under each
-    output pixel are touched.
+    Reference: hustvl/EVF-SAM at 9935dc5, `inference.py:73-84`.
     """
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        pixels = _to_unit(image)
-    else:
-        rows, row_weights = _cubic_taps(height, size)
-        columns, column_weights = _cubic_taps(width, size)
-        # Of an image so tall that most rows go unused, only those needed are resized.
-        if height > rows.size:
-            image, rows = image.take(rows.reshape(-1), axis=0), np.arange(rows.size).reshape(-1, 4)
-        # Columns first, then rows, one tap after the other: torch's order of rounding.
-        lines = _weighted_sum(_to_unit(image), columns, column_weights[..., None], axis=1)
-        pixels = _weighted_sum(lines, rows, row_weights[..., None, None], axis=0)
+    pixels = _to_unit(image) if image.shape[:2] == (size, size) else resize_bicubic(image, size)
     return (pixels - np.float32(0.5)) / np.float32(0.5)
+
+
+def resize_bicubic(
+    pixels: UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"], size: int
+) -> Float32[np.ndarray, "size size c"]:
+    """torch's `F.interpolate(mode="bicubic", align_corners=False)` without antialias.
+
+    a = -0.75, edges are repeated, and values overshoot. Only the 4 x 4 pixels under each output
+    pixel are touched; uint8 is brought to [0, 1] first.
+    """
+    height, width = pixels.shape[:2]
+    rows, row_weights = _cubic_taps(height, size)
+    columns, column_weights = _cubic_taps(width, size)
+    # Of an image so tall that most rows go unused, only those needed are resized.
+    if height > rows.size:
+        pixels, rows = pixels.take(rows.reshape(-1), axis=0), np.arange(rows.size).reshape(-1, 4)
+    if pixels.dtype == np.uint8:
+        pixels = _to_unit(pixels)
+    # Columns first, then rows, one tap after the other: torch's order of rounding.
+    lines = _weighted_sum(pixels, columns, column_weights[..., None], axis=1)
+    return _weighted_sum(lines, rows, row_weights[..., None, None], axis=0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

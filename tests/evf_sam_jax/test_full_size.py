@@ -23,7 +23,7 @@ from evf_sam_jax import losses, mask_geometry, model_dir
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.sam import image_encoder
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predict import Predictor, write_prediction
 from tests import golden_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -162,6 +162,23 @@ def test_masks(predictor: Predictor) -> None:
 
 def test_large_image_and_long_phrase(predictor: Predictor) -> None:
     assert_large_image(predictor, logits_bar=2e-3, pixels_bar=0.9999)
+
+
+def test_a_real_photograph(predictor: Predictor, tmp_path: Path) -> None:
+    """All of the command but loading the model a second time."""
+    import skimage
+
+    photograph = Path(skimage.__file__).parent / "data" / "astronaut.png"
+    image = image_input.read_image(photograph)
+    assert image.shape == (512, 512, 3)
+    lines = write_prediction(predictor, image, ["one", "two"], [phrase(0), phrase(1)], tmp_path)
+    assert len(list(map(print, lines))) == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0_one.png", "1_two.png", "overlay.png"]
+    encoded = predictor.encode(image)
+    low_res, _ = predictor.decode(encoded, [phrase(0)])
+    mask = image_input.read_image(tmp_path / "0_one.png")[..., 0] == 255
+    np.testing.assert_array_equal(mask, predictor.upsample(encoded, low_res[0]) > 0)
+    assert 0 < mask.mean() < 1
 
 
 def test_loss_and_gradients(predictor: Predictor) -> None:
