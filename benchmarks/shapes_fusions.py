@@ -1,6 +1,6 @@
 """The three fusions on the embedded data set, each trained from nothing: scores and wall time.
 
-    python -m benchmarks.shapes_fusions --out runs/fusions
+    python -m benchmarks.shapes_fusions --out runs/fusions [--fusions early late]
 
 Each is the command that the README gives, run one after another.
 """
@@ -20,10 +20,11 @@ FUSIONS = ("text", "late", "early")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
     options = parser.parse_args()
     print(environment.describe(), flush=True)
     print("\n| fusion | pretrain cIoU | referring cIoU | gIoU | seconds |\n|---|---|---|---|---|")
-    for fusion in FUSIONS:
+    for fusion in options.fusions:
         workdir = options.out / fusion
         start = time.perf_counter()
         subprocess.run(

@@ -28,11 +28,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.model.profile = "current"
     config.model.encoder = dict(
         width=96,
-        heads=2,
+        heads=4,
         layers=4,
         mlp_width=192,
         vocab_size=128,
-        image_size=96,
+        image_size=64,
         patch_size=16,
         max_text_positions=32,
         fusion=fusion,
@@ -50,19 +50,26 @@ def get_config(argument: str | None = None) -> ConfigDict:
         image_size=128,
         patch_size=16,
         mlp_ratio=2,
-        out_channels=64,
+        out_channels=96,
         decoder_heads=4,
         decoder_mlp_width=256,
         iou_head_width=64,
         dtype="float32",
         encoder_chunk=None,
     )
-    # The original's initialisation drowns words in their positions (N(0, 1/width) against N(0, 1)),
-    # which a pretrained encoder has long overcome and a new one would have to.
     config.init_scale = [
+        # The original's initialisation drowns words in their positions (N(0, 1/width) against
+        # N(0, 1)), which a pretrained encoder has long overcome and a new one would have to.
         ("encoder/(text|vision)_positions/.*", 0.2),
         ("encoder/text_embed/.*", 5.0),
+        # LayerNorm inside a branch blows up what nearly even attention leaves of its input:
+        # branches begin small, and in early fusion with more of the words than of the image.
+        ("encoder/.*/(out_proj|fc2)/(text/|vision/)?kernel", 0.2),
+        *([("encoder/.*/v_proj/vision/kernel", 0.1)] if fusion == "early" else []),
         ("projector/out/kernel", 4.0),
+        # Pixels stay visible in the residual stream: clicks and boxes alone would train the image
+        # encoder to forget colours, and once frozen it cannot learn them again.
+        ("segmenter/image_encoder/patch_embed/proj/kernel", 4.0),
         (".*", 1.0),
     ]
 
@@ -85,11 +92,16 @@ def get_config(argument: str | None = None) -> ConfigDict:
             ("segmenter/.*", True),
             ("(encoder|projector)/.*", False),
         ],
-        optimizer=dict(learning_rate=2e-3, schedule="cosine", warmup_steps=100),
+        optimizer=dict(
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            rate_rules=[("segmenter/image_encoder/.*", 0.25), (".*", 1.0)],
+        ),
     )
     config.stages.referring = dict(
         prompts="text",
-        steps=2000,
+        steps=4000,
         batch_size=16,
         trainable=[
             ("(encoder|projector)/.*", True),
@@ -98,13 +110,13 @@ def get_config(argument: str | None = None) -> ConfigDict:
             ("segmenter/.*", False),
         ],
         optimizer=dict(
-            learning_rate=2e-3,
+            learning_rate=6e-4,
             schedule="cosine",
             warmup_steps=100,
-            rate_rules=[("segmenter/.*", 0.3), (".*", 1.0)],
+            rate_rules=[("encoder/.*", 0.5), (".*", 1.0)],
         ),
     )
 
     # Evaluation
-    config.evaluation = dict(split="val", images=512, batch_size=16, every=500, panel_images=4)
+    config.evaluation = dict(split="val", images=512, batch_size=16, every=1000, panel_images=4)
     return config

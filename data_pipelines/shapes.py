@@ -34,17 +34,20 @@ COLOURS = {
     "yellow": (240, 205, 40),
     "purple": (150, 50, 175),
 }
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "square", "triangle", "strip")
 SIZES = ("small", "large")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 CORNERS = tuple(itertools.product(("top", "bottom"), ("left", "right")))
 
 # Of the circle, in pixels; the other shapes are scaled to look as large.
-_RADII = {"small": (9.5, 11.5), "large": (16.0, 19.0)}
+_RADII = {"small": (11.0, 13.0), "large": (17.0, 20.5)}
 _GAP = 2.0  # pixels between the circles of two shapes: at most a corner is hidden
 _CLEARLY, _PERHAPS = 0.42, 0.55  # share of the image up to which "left" surely, or possibly, holds
-_SHAPELESS_LATER = np.tile((0.0, 0.5), 4)  # "the red object" is rarer than "the red circle"
+# Descriptions come in random order, in which each word left out sets one back by this much (of 1):
+# people say more than they must, and name the shape ("the red circle" before "the red object").
+_LEFT_OUT = {"size": 0.4, "colour": 0.4, "shape": 0.5}
 _MAX_SCENES = 1000  # tries; the first or second succeeds where there is room
+_CONTRAST = 80.0  # distance in RGB of the background from the colour of any shape
 _MARGIN = 5.0  # pixels between two positions that a phrase may tell apart
 
 _WORDS = {
@@ -67,15 +70,15 @@ class ShapesConfig:
       objects: fewest and most shapes in an image.
       phrases: phrases an image, each about another shape.
       weights: how often an attribute phrase ("the small red circle"), a place ("the circle in the
-        top left"), an extreme ("the leftmost star") or a relation ("the circle left of the blue
+        top left"), an extreme ("the leftmost strip") or a relation ("the circle left of the blue
         square") is tried first; where it cannot name the shape, another is tried.
     """
 
     seed: int = 0
     sides: tuple[int, int] = (96, 128)
-    objects: tuple[int, int] = (3, 5)
+    objects: tuple[int, int] = (3, 4)
     phrases: int = 3
-    weights: tuple[float, float, float, float] = (0.50, 0.15, 0.05, 0.30)
+    weights: tuple[float, float, float, float] = (0.45, 0.20, 0.05, 0.30)
 
 
 DEFAULT_CONFIG = ShapesConfig()
@@ -246,12 +249,12 @@ def draw_scene(
 def paint(
     scene: Scene, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "n h w"]]:
-    """The image, over a grey gradient with mild noise, and the visible pixels of every shape."""
+    """The image, on a shaded background with mild noise, and the visible pixels of every shape."""
     height, width = scene.height, scene.width
-    base, slope_x, slope_y = rng.uniform(70, 190), rng.uniform(-40, 40), rng.uniform(-40, 40)
+    slope_x, slope_y = rng.uniform(-40, 40, 2)
     y, x = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
-    grey = base + slope_y * (y / height - 0.5)[:, None] + slope_x * (x / width - 0.5)
-    image = np.repeat(grey.astype(np.int16)[:, :, None], 3, axis=2)
+    shade = slope_y * (y / height - 0.5)[:, None] + slope_x * (x / width - 0.5)
+    image = (_background(rng) + shade[:, :, None]).astype(np.int16)
     masks = np.zeros((len(scene.kind), height, width), np.uint8)
     for i, (_, colour, shape) in enumerate(scene.kind.tolist()):
         window, inside = _silhouette(SHAPES[shape], scene.centre[i], scene.radius[i], height, width)
@@ -285,8 +288,8 @@ def _place(config: ShapesConfig, rng: np.random.Generator) -> Scene | None:
     height, width = rng.integers(config.sides[0], config.sides[1] + 1, 2).tolist()
     count = int(rng.integers(config.objects[0], config.objects[1] + 1))
     # Few colours and shapes a scene: then a single word doesn't always tell two objects apart.
-    colours = rng.choice(len(COLOURS), rng.integers(2, 6), replace=False)
-    shapes = rng.choice(len(SHAPES), rng.integers(2, 5), replace=False)
+    colours = rng.choice(len(COLOURS), rng.integers(3, 6), replace=False)
+    shapes = rng.choice(len(SHAPES), rng.integers(1, 4), replace=False)
     sizes = rng.integers(len(SIZES), size=count)
     kind = np.stack([sizes, rng.choice(colours, count), rng.choice(shapes, count)], axis=1)
     low, high = np.array([_RADII[size] for size in SIZES])[kind[:, 0]].T
@@ -317,13 +320,16 @@ def _express(
 
 
 def _descriptions(scene: Scene, target: int, rng: np.random.Generator) -> list[Description]:
-    """All ways to describe the target; those that name its shape tend to come first."""
+    """All ways to describe the target; those that say much tend to come first."""
     size, colour, shape = scene.kind[target].tolist()
     ways = [
         Description(*choice)
         for choice in itertools.product((None, size), (None, colour), (shape, None))
     ]
-    keys = rng.random(len(ways)) + _SHAPELESS_LATER
+    keys = rng.random(len(ways)) + [
+        sum(delay for word, delay in _LEFT_OUT.items() if getattr(way, word) is None)
+        for way in ways
+    ]
     return [ways[i] for i in np.argsort(keys)]
 
 
@@ -390,6 +396,15 @@ def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """A colour that no shape has; any other, so that no single channel tells them apart."""
+    while True:
+        colour = rng.uniform(30, 225, 3)
+        distance = np.linalg.norm(np.array(tuple(COLOURS.values())) - colour, axis=1)
+        if distance.min() >= _CONTRAST:
+            return colour
+
+
 def _silhouette(
     shape: str, centre: np.ndarray, radius: np.float32, height: int, width: int
 ) -> tuple[tuple[slice, slice], np.ndarray]:
@@ -406,13 +421,5 @@ def _silhouette(
     elif shape == "triangle":
         inside = (y <= 0.85) & (2 * np.abs(x) <= y + 1.05)
     else:
-        inside = _star(x, y)
+        inside = (np.abs(x) <= 1.15) & (np.abs(y) <= 0.55)
     return (slice(y0, y1), slice(x0, x1)), inside
-
-
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A five-pointed star of outer radius 1.1: inside of at least four of its five lines."""
-    angles = np.arange(5, dtype=np.float32) * (2 * np.pi / 5) - np.pi / 2
-    distance = 1.1 * np.cos(2 * np.pi / 5)  # of each line from the centre
-    lines = [x * np.cos(a) + y * np.sin(a) <= distance for a in angles]
-    return np.sum(lines, axis=0) >= 4

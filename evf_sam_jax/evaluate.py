@@ -26,7 +26,7 @@ from evf_sam_jax.param_rules import Params
 from evf_sam_jax.predict import Predictor
 from evf_sam_jax.run_log import RunLog, make_workdir
 from evf_sam_jax.train_step import PromptKind, predict_masks
-from evf_sam_jax.visualize import COLORS, Cell, overlay, panel
+from evf_sam_jax.visualize import COLORS, Cell, outline, overlay, panel
 
 Counts = tuple[Int32[Array, "b k"], Int32[Array, "b k"]]
 
@@ -97,8 +97,13 @@ def prediction_panel(
         for phrase, target, mask in zip(
             example.phrases, example.masks, prediction.masks, strict=True
         ):
-            row.append(Cell(overlay(example.image, target > 0, target_color), f"target: {phrase}"))
-            row.append(Cell(overlay(example.image, mask, mask_color), "prediction"))
+            for marked, color, caption in (
+                (target > 0, target_color, f"target: {phrase}"),
+                (mask, mask_color, "prediction"),
+            ):
+                # Outlined too: objects may have the color of the overlay.
+                picture = outline(overlay(example.image, marked, color), marked, color)
+                row.append(Cell(picture, caption))
         rows.append(row)
     return panel(rows)
 

@@ -51,6 +51,27 @@ def overlay(
     return blended
 
 
+def outline(
+    image: UInt8[np.ndarray, "h w 3"],
+    mask: Bool[np.ndarray, "h w"],
+    color: tuple[int, int, int],
+    width: int = 2,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the image with the mask's pixels nearest to its edge painted in `color`.
+
+    Args:
+      width: pixels of the mask, counted from its edge along rows and columns.
+    """
+    inner = mask
+    for _ in range(width):
+        padded = np.pad(inner, 1)
+        beside = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+        inner = np.logical_and.reduce([inner, *beside])
+    painted = image.copy()
+    painted[mask & ~inner] = color
+    return painted
+
+
 def panel(rows: Sequence[Sequence[Cell]]) -> UInt8[np.ndarray, "h w 3"]:
     """Returns a grid of cells on white, each column as wide as its widest picture.
 

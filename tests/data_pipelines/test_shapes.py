@@ -155,7 +155,7 @@ def test_masks_do_not_overlap_and_are_large_enough(scenes: list[tuple]):
         assert masks.sum(0).max() == 1
         for mask in masks:
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            assert min(np.ptp(rows), np.ptp(columns)) + 1 >= 13
+            assert min(np.ptp(rows), np.ptp(columns)) + 1 >= 11
             assert mask.sum() >= 60
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evf_sam_jax.visualize import COLORS, Cell, overlay, panel
+from evf_sam_jax.visualize import COLORS, Cell, outline, overlay, panel
 
 GREY = np.full((6, 8, 3), 100, np.uint8)
 
@@ -21,6 +21,16 @@ def test_overlay_blends_the_color_inside_the_mask_only():
 def test_alpha_goes_from_the_image_to_the_color(alpha: float, expected: tuple[int, int, int]):
     result = overlay(GREY, np.ones((6, 8), bool), (255, 0, 7), alpha)
     assert (result == expected).all()
+
+
+def test_an_outline_is_the_rim_of_the_mask():
+    mask = np.zeros((6, 8), bool)
+    mask[:, 1:7] = True  # its top and bottom are those of the image
+    result = (outline(GREY, mask, (255, 0, 7), width=2) == (255, 0, 7)).all(-1)
+    inner = np.zeros((6, 8), bool)
+    inner[2:4, 3:5] = True
+    np.testing.assert_array_equal(result, mask & ~inner)
+    assert (GREY == 100).all()
 
 
 def test_the_colors_differ():
