@@ -39,7 +39,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if options.config is not None:
             options.config.to_dict()  # raises where the file could not be loaded
     except (AttributeError, KeyError) as error:
-        reason = " ".join(str(error.args[0]).split())
+        cause = error.args[0]  # ml_collections wraps one in the other, in two ways
+        reason = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
         if "get_config" in reason:
             raise UserError("--config: expected a file with get_config, found none") from None
         raise UserError(f"--config.KEY=VALUE: the config has no key {reason}") from None

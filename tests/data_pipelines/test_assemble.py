@@ -24,7 +24,7 @@ def example(height: int = 30, width: int = 50, phrases: int = 2) -> Example:
     for i in range(phrases):
         masks[i, 5 + i : 12 + i, 8 * i + 3 : 8 * i + 9] = 1
     image = rng.integers(0, 256, (height, width, 3), np.uint8)
-    return Example(41, image, ("the red circle", "star", "the square")[:phrases], masks)
+    return Example(41, image, ("the red circle", "strip", "the square")[:phrases], masks)
 
 
 def test_every_field_holds_the_example():

@@ -46,7 +46,7 @@ class Numbers:
         masks = np.zeros((self.phrases, 4, 6), np.uint8)
         masks[:, 1, 2] = np.arange(self.phrases) % 2 + 1  # tells the phrases apart
         image = np.full((4, 6, 3), index, np.uint8)
-        return Example(index, image, ("the star", "the circle") * (self.phrases // 2), masks)
+        return Example(index, image, ("the strip", "the circle") * (self.phrases // 2), masks)
 
 
 def assert_same(ours: Batch, theirs: Batch) -> None:
@@ -125,8 +125,8 @@ def test_more_phrases_than_room_are_drawn_anew_each_time():
     )
     assert set(seen) == {(1, 1), (1, 2), (2, 1), (2, 2)}
     for batch in batches:  # a phrase keeps its mask
-        star = TOKENIZER.encode("the star")[2]
-        np.testing.assert_array_equal(batch.text_ids[..., 2] == star, batch.mask[..., 1, 2] == 1)
+        strip = TOKENIZER.encode("the strip")[2]
+        np.testing.assert_array_equal(batch.text_ids[..., 2] == strip, batch.mask[..., 1, 2] == 1)
 
 
 def test_an_unreadable_example_is_replaced_and_named():
