@@ -171,11 +171,12 @@ def test_a_real_photograph(predictor: Predictor, tmp_path: Path) -> None:
     photograph = Path(skimage.__file__).parent / "data" / "astronaut.png"
     image = image_input.read_image(photograph)
     assert image.shape == (512, 512, 3)
-    lines = write_prediction(predictor, image, ["one", "two"], [phrase(0), phrase(1)], tmp_path)
+    ids = [phrase(0), phrase(1)]
+    lines = write_prediction(predictor, image, ["one", "two"], ids, tmp_path)
     assert len(list(map(print, lines))) == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0_one.png", "1_two.png", "overlay.png"]
     encoded = predictor.encode(image)
-    low_res, _ = predictor.decode(encoded, [phrase(0)])
+    low_res, _ = predictor.decode(encoded, ids)
     mask = image_input.read_image(tmp_path / "0_one.png")[..., 0] == 255
     np.testing.assert_array_equal(mask, predictor.upsample(encoded, low_res[0]) > 0)
     assert 0 < mask.mean() < 1
