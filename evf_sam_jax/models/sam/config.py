@@ -48,7 +48,7 @@ class SamConfig:
         check_multiple(self, "segmenter", "width", "heads")
         check_multiple(self, "segmenter", "depth", "global_every")
         check_multiple(self, "segmenter", "image_size", "patch_size")
-        # Cross-attention works in half the channels, upscaling ends with an eighth of them.
+        # The decoder's attention splits its channels, or half of them, into heads.
         check_multiple(self, "segmenter", "out_channels", "decoder_heads")
 
     @classmethod
