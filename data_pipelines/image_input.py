@@ -11,6 +11,7 @@ on the device.
 """
 
 import functools
+import io
 import os
 import warnings
 
@@ -56,27 +57,42 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> UInt8[n
         raise UserError(f"{path}: expected an image file, found a directory")
     if os.path.getsize(path) == 0:
         raise UserError(f"{path}: expected an image file, found an empty one")
+    return _read(path, str(path), max_pixels)
+
+
+def decode_image(
+    content: bytes, name: str, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """As `read_image`, from the bytes of a file; `name` is what messages call it."""
+    if not content:
+        raise UserError(f"{name}: expected an image file, found an empty one")
+    return _read(io.BytesIO(content), name, max_pixels)
+
+
+def _read(
+    file: str | os.PathLike | io.BytesIO, name: str, max_pixels: int
+) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of its limit; the limit below is ours.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            opened = Image.open(file)
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: expected at most {max_pixels:,} pixels, found more") from None
+        raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found more") from None
     except PermissionError:
-        raise UserError(f"{path}: expected a readable image file, found no permission") from None
+        raise UserError(f"{name}: expected a readable image file, found no permission") from None
     except Exception as error:  # each decoder raises its own
-        raise UserError(f"{path}: expected an image file, found something else") from error
+        raise UserError(f"{name}: expected an image file, found something else") from error
     with opened:
         if opened.width * opened.height > max_pixels:
             size = f"{opened.width} x {opened.height}"
-            raise UserError(f"{path}: expected at most {max_pixels:,} pixels, found {size}")
+            raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found {size}")
         try:
             return np.asarray(_upright(_to_rgb(opened), opened))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
         except Exception as error:  # each decoder raises its own
-            raise UserError(f"{path}: expected a whole image, found a broken one") from error
+            raise UserError(f"{name}: expected a whole image, found a broken one") from error
 
 
 def sam_size(height: int, width: int, frame: int = 1024) -> tuple[int, int]:

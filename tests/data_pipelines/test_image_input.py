@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from data_pipelines.image_input import encoder_input, read_image, sam_input, sam_size
+from data_pipelines.image_input import decode_image, encoder_input, read_image, sam_input, sam_size
 from evf_sam_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -300,3 +300,13 @@ def test_floating_point_and_32_bit_pixels_are_refused(tmp_path: Path):
     Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(path)
     with pytest.raises(UserError, match="image.tif: expected at most 16 bits a pixel"):
         read_image(path)
+
+
+def test_bytes_are_read_as_their_file_is(tmp_path: Path):
+    path = tmp_path / "image.png"
+    Image.fromarray(smooth()).save(path)
+    np.testing.assert_array_equal(decode_image(path.read_bytes(), "record 3"), smooth())
+    with pytest.raises(UserError, match="record 3: expected an image file, found an empty one"):
+        decode_image(b"", "record 3")
+    with pytest.raises(UserError, match="record 3: expected an image file, found something else"):
+        decode_image(b"no image", "record 3")
