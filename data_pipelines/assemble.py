@@ -44,6 +44,8 @@ class BatchSpec:
       encoder_size: side of the multimodal encoder's image.
       canvas: height and width that hold every image at its original size.
       prompts: whether to add a click and a box for each target.
+      shrink: whether the targets of an image larger than the canvas are shrunk to fit (the model's
+        own images are not affected); otherwise it is refused.
     """
 
     batch_size: int
@@ -53,6 +55,7 @@ class BatchSpec:
     encoder_size: int = 224
     canvas: tuple[int, int] = (640, 640)
     prompts: bool = False
+    shrink: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Slot:
 
 def assemble(slots: Sequence[Slot], spec: BatchSpec, tokenizer: Tokenizer) -> Batch:
     """Resizes, tokenises and pads.
+
+    Of a target that is shrunk to the canvas, `original_size` is the size it has there.
 
     Raises:
       UserError: an example has more phrases, a phrase more tokens, or an image more pixels than
@@ -116,7 +121,7 @@ def draw_box(
 
 def _check_room(example: Example, spec: BatchSpec) -> None:
     height, width = example.image.shape[:2]
-    if height > spec.canvas[0] or width > spec.canvas[1]:
+    if not spec.shrink and (height > spec.canvas[0] or width > spec.canvas[1]):
         raise UserError(
             f"example {example.example_id} is {height} x {width}, "
             f"expected at most the canvas of {spec.canvas[0]} x {spec.canvas[1]}"
@@ -154,17 +159,39 @@ def _empty(b: int, spec: BatchSpec) -> dict[str, np.ndarray]:
 
 
 def _fill(fields: dict[str, np.ndarray], row: int, example: Example, spec: BatchSpec) -> None:
-    height, width = example.image.shape[:2]
+    masks, ignore = _on_canvas(example, spec.canvas)
+    height, width = masks.shape[1:]
     k = len(example.phrases)
     fields["sam_image"][row], fields["sam_size"][row] = sam_input(example.image, spec.frame)
     fields["encoder_image"][row] = encoder_input(example.image, spec.encoder_size)
     fields["phrase_valid"][row, :k] = True
-    fields["mask"][row, :k, :height, :width] = example.masks
-    valid = True if example.ignore is None else ~example.ignore
+    fields["mask"][row, :k, :height, :width] = masks
+    valid = True if ignore is None else ~ignore
     fields["mask_valid"][row, :height, :width] = valid
     fields["original_size"][row] = height, width
     fields["example_id"][row] = example.example_id
     fields["example_valid"][row] = True
+
+
+def _on_canvas(
+    example: Example, canvas: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "k h w"], Bool[np.ndarray, "h w"] | None]:
+    """Masks and ignored pixels; of an image larger than the canvas, every so manyth pixel.
+
+    Both sides shrink by the same factor; each pixel is the one under its centre.
+    """
+    height, width = example.image.shape[:2]
+    scale = min(canvas[0] / height, canvas[1] / width)
+    if scale >= 1:
+        return example.masks, example.ignore
+    rows = _centres(height, max(1, int(height * scale)))
+    columns = _centres(width, max(1, int(width * scale)))
+    ignore = None if example.ignore is None else example.ignore[rows[:, None], columns]
+    return example.masks[:, rows[:, None], columns], ignore
+
+
+def _centres(source: int, target: int) -> np.ndarray:
+    return ((np.arange(target) + 0.5) * source / target).astype(np.int64)
 
 
 def _fill_prompts(

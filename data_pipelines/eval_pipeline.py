@@ -1,27 +1,79 @@
-"""The evaluation stream: every example once, in order, the last batch padded."""
+"""The evaluation stream: every phrase once, in order, the last batch padded."""
 
 import dataclasses
 
 import grain
+import numpy as np
+from jaxtyping import Int32
 
 from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch
+from data_pipelines.buckets import Buckets
+from data_pipelines.source import Entry, Source
 from data_pipelines.tokenizers import Tokenizer
-from data_pipelines.train_pipeline import ONE_HOST, Hosts, Source
+from data_pipelines.train_pipeline import ONE_HOST, Hosts
 from evf_sam_jax.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True)
+class EvalRows:
+    """The rows that evaluation goes through: an image, and at most k of its phrases.
+
+    An image with more phrases has several rows, so that memory is bounded.
+
+    Attributes:
+      image: the index of the image in the source.
+      first: the first of its phrases in the row.
+      count: how many phrases the row has.
+    """
+
+    image: Int32[np.ndarray, " n"]
+    first: Int32[np.ndarray, " n"]
+    count: Int32[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def chosen(self, row: int) -> range:
+        """The phrases of a row, as the source takes them."""
+        first = int(self.first[row])
+        return range(first, first + int(self.count[row]))
+
+
+def eval_rows(source: Source, phrases: int) -> EvalRows:
+    """All phrases of the source, at most `phrases` a row."""
+    rows = [
+        (image, first, min(phrases, count - first))
+        for image in range(len(source))
+        for count in (source.phrase_count(image),)
+        for first in range(0, count, phrases)
+    ]
+    return EvalRows(*np.array(rows, np.int32).reshape(-1, 3).T)
+
+
 def eval_dataset(
-    source: Source, tokenizer: Tokenizer, spec: BatchSpec, *, hosts: Hosts = ONE_HOST
+    source: Source,
+    tokenizer: Tokenizer,
+    spec: BatchSpec,
+    *,
+    hosts: Hosts = ONE_HOST,
+    buckets: Buckets | None = None,
 ) -> grain.MapDataset[Batch]:
     """This host's part of each global batch; all hosts have as many.
 
-    Rows past the last example, and those that cannot be read, have `example_valid` false; the
-    latter name themselves in `skipped_id`, by index.
+    `example_id` is the row in `eval_rows(source, spec.phrases)`. Rows past the last one, and those
+    that cannot be read, have `example_valid` false; the latter name themselves in `skipped_id`.
+
+    Args:
+      buckets: text lengths and canvases to choose from for each global batch; None: those of
+        `spec`.
     """
-    batches = -(-len(source) // spec.batch_size)
-    rows = hosts.block(spec.batch_size)
-    return grain.MapDataset.range(batches).map(_EvalBatch(source, tokenizer, spec, rows))
+    rows = eval_rows(source, spec.phrases)
+    batches = -(-len(rows) // spec.batch_size)
+    block = hosts.block(spec.batch_size)
+    return grain.MapDataset.range(batches).map(
+        _EvalBatch(source, rows, tokenizer, spec, block, buckets)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +81,35 @@ class _EvalBatch(grain.transforms.Map):
     """Assembles the rows of this host; a class, because it is pickled on the way to a worker."""
 
     source: Source
+    rows: EvalRows
     tokenizer: Tokenizer
     spec: BatchSpec
-    rows: range
+    block: range
+    buckets: Buckets | None
 
     def map(self, element: int) -> Batch:
-        indices = [element * self.spec.batch_size + row for row in self.rows]
-        slots = [_read(self.source, index) for index in indices]
-        return assemble(slots, self.spec, self.tokenizer)
+        first = element * self.spec.batch_size
+        spec = self.spec if self.buckets is None else self._bucket(first, self.buckets)
+        slots = [self._read(first + row, spec) for row in self.block]
+        return assemble(slots, spec, self.tokenizer)
 
+    def _bucket(self, first: int, buckets: Buckets) -> BatchSpec:
+        last = min(first + self.spec.batch_size, len(self.rows))
+        entries = [self._entry(row) for row in range(first, last)]
+        return buckets.choose(self.spec, entries, self.tokenizer)
 
-def _read(source: Source, index: int) -> Slot:
-    if index >= len(source):
-        return Slot(None)
-    try:
-        return Slot(source[index], prompt_seed=(0, index))
-    except UserError:
-        return Slot(None, skipped_id=index)
+    def _entry(self, row: int) -> Entry:
+        entry = self.source.entry(int(self.rows.image[row]))
+        phrases = tuple(entry.phrases[i] for i in self.rows.chosen(row))
+        return dataclasses.replace(entry, phrases=phrases)
+
+    def _read(self, row: int, spec: BatchSpec) -> Slot:
+        if row >= len(self.rows):
+            return Slot(None)
+        try:
+            if self.buckets and not self.buckets.fits(self._entry(row), self.tokenizer):
+                raise UserError(f"expected at most {spec.text_length} tokens, found more")
+            example = self.source.read(int(self.rows.image[row]), self.rows.chosen(row))
+        except UserError:
+            return Slot(None, skipped_id=row)
+        return Slot(dataclasses.replace(example, example_id=row), prompt_seed=(0, row))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
 from data_pipelines.assemble import Example
+from data_pipelines.source import Entry
 from evf_sam_jax.errors import UserError
 
 T = TypeVar("T")
@@ -204,6 +205,27 @@ class ShapesSource:
     def example_id(self, index: int) -> int:
         """The number that this item of the split is drawn from; no other split has it."""
         return self._indices[index]
+
+    def phrase_count(self, index: int) -> int:
+        """As many for every example."""
+        return self.config.phrases
+
+    def entry(self, index: int) -> Entry:
+        """Size and phrases; the scene is drawn for it."""
+        scene, expressions, _, rng = draw_scene(self.config, self.example_id(index))
+        paint(scene, rng)  # wordings are drawn after the pixels
+        phrases = tuple(render(expression, rng) for expression in expressions)
+        return Entry(scene.height, scene.width, phrases)
+
+    def read(self, index: int, chosen: Sequence[int]) -> Example:
+        """The example with the chosen phrases."""
+        example, rows = self[index], list(chosen)
+        phrases = tuple(example.phrases[i] for i in rows)
+        return dataclasses.replace(example, phrases=phrases, masks=example.masks[rows])
+
+    def describe(self, index: int) -> str:
+        """A name for messages."""
+        return f"shapes, example {self.example_id(index)}"
 
     def __getitem__(self, index: int) -> Example:
         example_id = self.example_id(index)

@@ -7,30 +7,24 @@ every global batch.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines.assemble import BatchSpec, Example, Slot, assemble
+from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch, copied
+from data_pipelines.buckets import Buckets
+from data_pipelines.mixture import Mixture
+from data_pipelines.source import Entry
 from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.errors import UserError
 
 # A sample that cannot be read is replaced; after so many replacements in a row the source itself is
 # broken.
 MAX_REPLACEMENTS = 16
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What Grain calls a random-access source. An item that cannot be read raises `UserError`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +50,29 @@ ONE_HOST = Hosts()
 
 
 def train_dataset(
-    source: Source,
+    mixture: Mixture,
     tokenizer: Tokenizer,
     spec: BatchSpec,
     *,
     seed: int,
     steps: int,
     hosts: Hosts = ONE_HOST,
+    buckets: Buckets | None = None,
 ) -> grain.MapDataset[Batch]:
     """`dataset[step]` is this host's part of the global batch number `step`; `dataset[step:]`
     resumes there.
 
-    Every example comes once an epoch, in another order in each. Where an example has more than
-    `spec.phrases` phrases, that many are drawn anew each time (hustvl/EVF-SAM
+    Every example comes once an epoch of its source, in another order in each. Where an example has
+    more than `spec.phrases` phrases, that many are drawn anew each time (hustvl/EVF-SAM
     utils/refer_seg_dataset.py:140-156 at 9935dc5).
+
+    Args:
+      buckets: text lengths and canvases to choose from for each global batch; None: those of
+        `spec`.
     """
-    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
     rows = hosts.block(spec.batch_size)
     return grain.MapDataset.range(steps).map(
-        _TrainBatch(source, order, tokenizer, spec, seed, rows)
+        _TrainBatch(mixture, mixture.order(seed), tokenizer, spec, seed, rows, buckets)
     )
 
 
@@ -106,39 +104,77 @@ def iterate(
 class _TrainBatch(grain.transforms.Map):
     """Assembles the rows of this host; a class, because it is pickled on the way to a worker."""
 
-    source: Source
+    mixture: Mixture
     order: grain.MapDataset
     tokenizer: Tokenizer
     spec: BatchSpec
     seed: int
     rows: range
+    buckets: Buckets | None
 
     def map(self, element: int) -> Batch:
-        positions = [element * self.spec.batch_size + row for row in self.rows]
-        # A `MapDataset` may hold None where it was filtered; this one was not.
-        slots = [self._slot(cast(int, self.order[position]), position) for position in positions]
-        return assemble(slots, self.spec, self.tokenizer)
+        first = element * self.spec.batch_size
+        spec = self.spec if self.buckets is None else self._bucket(first, self.buckets)
+        slots = [self._slot(first + row, spec) for row in self.rows]
+        return assemble(slots, spec, self.tokenizer)
 
-    def _slot(self, index: int, position: int) -> Slot:
-        """The example at `index`; if it cannot be read, one drawn in its place."""
-        key = (self.seed, position)
-        rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+    def _bucket(self, first: int, buckets: Buckets) -> BatchSpec:
+        """The shapes of the whole global batch, whichever rows are this host's."""
+        entries = []
+        for position in range(first, first + self.spec.batch_size):
+            index = self._index(position)
+            chosen = self._choose(index, self._rng(position))
+            entries.append(_chosen_entry(self.mixture.entry(index), chosen))
+        return buckets.choose(self.spec, entries, self.tokenizer)
+
+    def _slot(self, position: int, spec: BatchSpec) -> Slot:
+        """The example at a position; if it cannot be read, one of its source in its place."""
+        index = self._index(position)
+        rng = self._rng(position)
         attempt, skipped = index, -1
         for _ in range(MAX_REPLACEMENTS):
             try:
-                example = _some_phrases(self.source[attempt], self.spec.phrases, rng)
-                return Slot(example, skipped, key)
-            except UserError:
-                skipped = index
-                attempt = int(rng.integers(len(self.source)))
+                chosen = self._choose(attempt, rng)
+                self._check_room(attempt, chosen, spec)
+                example = self.mixture.read(attempt, chosen)
+                return Slot(example, skipped, (self.seed, position))
+            except UserError as error:
+                skipped, reason = index, error
+                siblings = self.mixture.siblings(index)
+                attempt = siblings[int(rng.integers(len(siblings)))]
         raise UserError(
-            f"example {index} and {MAX_REPLACEMENTS - 1} drawn in its place cannot be read"
+            f"{self.mixture.describe(index)} and {MAX_REPLACEMENTS - 1} drawn in its place cannot "
+            f"be read; the last: {reason}"
         )
 
+    def _index(self, position: int) -> int:
+        # A `MapDataset` may hold None where it was filtered; this one was not.
+        return cast(int, self.order[position])
 
-def _some_phrases(example: Example, count: int, rng: np.random.Generator) -> Example:
-    if len(example.phrases) <= count:
-        return example
-    chosen = np.sort(rng.choice(len(example.phrases), count, replace=False))
-    phrases = tuple(example.phrases[i] for i in chosen)
-    return dataclasses.replace(example, phrases=phrases, masks=example.masks[chosen])
+    def _rng(self, position: int) -> np.random.Generator:
+        key = np.array((self.seed, position), np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
+
+    def _choose(self, index: int, rng: np.random.Generator) -> Sequence[int]:
+        """Which phrases of an example are taken, in their order."""
+        count = self.mixture.phrase_count(index)
+        if count <= self.spec.phrases:
+            return range(count)
+        return np.sort(rng.choice(count, self.spec.phrases, replace=False)).tolist()
+
+    def _check_room(self, index: int, chosen: Sequence[int], spec: BatchSpec) -> None:
+        """Raises UserError where an example does not fit the shapes that the batch has got."""
+        if self.buckets is None:
+            return
+        entry = _chosen_entry(self.mixture.entry(index), chosen)
+        fitting = dataclasses.replace(self.buckets, text_lengths=(spec.text_length,))
+        too_large = entry.height > spec.canvas[0] or entry.width > spec.canvas[1]
+        if not fitting.fits(entry, self.tokenizer) or (too_large and not spec.shrink):
+            raise UserError(
+                f"{self.mixture.describe(index)}: expected phrases of at most {spec.text_length} "
+                f"tokens and at most {spec.canvas[0]} x {spec.canvas[1]} pixels, found more"
+            )
+
+
+def _chosen_entry(entry: Entry, chosen: Sequence[int]) -> Entry:
+    return dataclasses.replace(entry, phrases=tuple(entry.phrases[i] for i in chosen))

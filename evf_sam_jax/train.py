@@ -17,6 +17,7 @@ from PIL import Image
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.batch import Batch
 from data_pipelines.eval_pipeline import eval_dataset
+from data_pipelines.mixture import Mixture
 from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate, train_dataset
@@ -212,7 +213,8 @@ def _train_batches(config: ExperimentConfig, stage: StageConfig, tokenizer: Toke
     seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
     spec = _spec(config, stage, stage.batch_size)
     source = _source(config, "train")
-    return train_dataset(source, tokenizer, spec, seed=seed, steps=stage.steps)
+    mixture = Mixture((source,), (1.0,))
+    return train_dataset(mixture, tokenizer, spec, seed=seed, steps=stage.steps)
 
 
 def _held_out(

@@ -130,3 +130,13 @@ def test_what_does_not_fit_is_refused():
         assemble([Slot(example(phrases=3))], spec, TOKENIZER)
     with pytest.raises(UserError, match="a phrase has 5 tokens, expected at most 4"):
         assemble([Slot(example())], dataclasses.replace(SPEC, text_length=4), TOKENIZER)
+
+
+def test_the_target_of_an_image_larger_than_the_canvas_can_be_shrunk():
+    one = example(80, 50)
+    batch = assemble([Slot(one)], dataclasses.replace(SPEC, shrink=True), TOKENIZER)
+    np.testing.assert_array_equal(batch.original_size[0], (40, 25))
+    np.testing.assert_array_equal(batch.mask[0, :2, :40, :25], one.masks[:, 1::2, 1::2])
+    frame, size = sam_input(one.image, 48)  # the model sees all of it
+    np.testing.assert_array_equal(batch.sam_image[0], frame)
+    np.testing.assert_array_equal(batch.sam_size[0], size)
