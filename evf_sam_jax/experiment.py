@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.shapes import ShapesConfig
+from data_pipelines.source import ReadingRules
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.model_dir import read_manifest
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
 from evf_sam_jax.param_rules import Rules
@@ -16,20 +18,22 @@ HELD_OUT = ("val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which images and phrases, and the shapes of their batches.
+class ShapesDataConfig:
+    """The embedded data set, and the shapes of its batches.
 
     Attributes:
       shapes: how the embedded data set is drawn.
       text_length: tokens a phrase, `<s>` and `</s>` included.
       canvas: height and width that hold every image at its original size.
       workers: processes that make batches; 0: a thread of this one.
+      max_skipped: examples that may turn out unreadable before the run stops; none is.
     """
 
     shapes: ShapesConfig
     text_length: int
     canvas: tuple[int, int]
     workers: int = 0
+    max_skipped: int = 0
 
     def __post_init__(self) -> None:
         _check_positive("data.text_length", self.text_length)
@@ -43,6 +47,62 @@ class DataConfig:
             )
         if not (isinstance(self.workers, int) and self.workers >= 0):
             raise UserError(f"data.workers: expected 0 or more, found {self.workers!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """One split of a data set on disk.
+
+    Attributes:
+      name: as in `data_pipelines/datasets.py`.
+      root: its folder.
+      weight: how often it is drawn from, beside the others.
+      rules: (name, value) of `ReadingRules`, where they differ from the original's for it.
+    """
+
+    name: str
+    root: str
+    split: str = "train"
+    weight: float = 1.0
+    rules: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = [field.name for field in dataclasses.fields(ReadingRules)]
+        for rule, _ in self.rules:
+            if rule not in known:
+                raise UserError(f"data: unknown rule {rule!r}, expected one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetsConfig:
+    """Data sets on disk, and the shapes of their batches.
+
+    Attributes:
+      train: what is trained on, drawn by weight.
+      held_out: what is measured on.
+      phrases: k, phrases an image.
+      text_lengths: tokens a phrase, `<s>` and `</s>` included, of which each batch gets one.
+      canvases: heights and widths that hold images at their original size; of an image larger than
+        all, the target is shrunk in training, and the canvas grown in evaluation.
+      exclude_images_of: images of these splits are not trained on.
+      max_skipped: examples that may turn out unreadable before the run stops.
+      workers: processes that make batches; 0: a thread of this one.
+    """
+
+    train: tuple[DatasetConfig, ...]
+    held_out: tuple[DatasetConfig, ...]
+    phrases: int = 3
+    text_lengths: tuple[int, ...] = (16, 32, 64)
+    canvases: tuple[tuple[int, int], ...] = ((640, 640),)
+    exclude_images_of: tuple[DatasetConfig, ...] = ()
+    max_skipped: int = 100
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("data.phrases", self.phrases)
+        for key in ("train", "held_out"):
+            if not getattr(self, key):
+                raise UserError(f"data.{key}: expected at least one data set, found none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +167,9 @@ class ExperimentConfig:
     Attributes:
       seed: of the initial parameters and of the order of the data.
       init_scale: (regex, factor) over all parameters, on top of the model's own initialisation.
-      model: sizes.
+      init_model: a model directory whose parameters, sizes and tokenizer the run begins with; "": a
+        model of random parameters.
+      model: sizes; those of `init_model`, where there is one.
       data: what it is trained on.
       stages: what is trained, one after another.
       log_every: steps between two lines of progress.
@@ -115,10 +177,11 @@ class ExperimentConfig:
 
     seed: int
     model: EvfSamConfig
-    data: DataConfig
+    data: ShapesDataConfig | DatasetsConfig
     stages: tuple[StageConfig, ...]
     evaluation: EvaluationConfig
     init_scale: Rules[float] = ((".*", 1.0),)
+    init_model: str = ""
     log_every: int = 100
 
     def __post_init__(self) -> None:
@@ -169,12 +232,12 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     """
     values = dict(values)
     order = list(values.pop("stage_order", values.get("stages", ())))
+    if values.get("init_model") and "model" not in values:
+        values["model"] = read_manifest(values["init_model"]).config
     values = _checked(ExperimentConfig, values, "config")
     if sorted(order) != sorted(values["stages"]):
         named = ", ".join(sorted(values["stages"]))
         raise UserError(f"config.stage_order: expected each of {named} once, found {order}")
-    data = _checked(DataConfig, values["data"], "config.data")
-    data["shapes"] = _build(ShapesConfig, data["shapes"], "config.data.shapes")
     stages = []
     for name in order:
         where = f"config.stages.{name}"
@@ -185,11 +248,29 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
         stages.append(_build(StageConfig, stage, where))
     values.update(
         model=EvfSamConfig.from_dict(_plain(values["model"])),
-        data=_build(DataConfig, data, "config.data"),
+        data=_data_from_dict(values["data"]),
         stages=tuple(stages),
         evaluation=_build(EvaluationConfig, values["evaluation"], "config.evaluation"),
     )
     return _build(ExperimentConfig, values, "config")
+
+
+def _data_from_dict(values: Mapping[str, Any]) -> ShapesDataConfig | DatasetsConfig:
+    if "shapes" in values:
+        data = _checked(ShapesDataConfig, values, "config.data")
+        data["shapes"] = _build(ShapesConfig, data["shapes"], "config.data.shapes")
+        return _build(ShapesDataConfig, data, "config.data")
+    data = _checked(DatasetsConfig, values, "config.data")
+    for key in ("train", "held_out", "exclude_images_of"):
+        data[key] = tuple(
+            _build(DatasetConfig, {**entry, "rules": _items(entry)}, f"config.data.{key}")
+            for entry in data.get(key, ())
+        )
+    return _build(DatasetsConfig, data, "config.data")
+
+
+def _items(entry: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(dict(entry.get("rules", {})).items())
 
 
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """The training run: parameters, then each stage's loop, then a model directory.
 
-A run's directory holds `config.json`, `metrics.jsonl`, TensorBoard events, `panel.png` (held-out
+A run's directory holds `config.json`, `metrics.jsonl`, TensorBoard events, `skipped.jsonl`
+(examples that could not be read, if any), `panel.png` (held-out
 images with targets and predictions) and at the end `model/`, which `predict` and `evaluate` open.
 """
 
+import contextlib
+import dataclasses
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -14,13 +18,14 @@ import numpy as np
 from clu import parameter_overview
 from PIL import Image
 
-from data_pipelines.assemble import BatchSpec
+from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
-from data_pipelines.eval_pipeline import eval_dataset
-from data_pipelines.mixture import Mixture
-from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
+from data_pipelines.eval_pipeline import eval_dataset, eval_rows
+from data_pipelines.shapes import SHAPES_TOKENIZER
+from data_pipelines.source import Source
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate, train_dataset
+from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.experiment import ExperimentConfig, StageConfig
 from evf_sam_jax.metrics import IouSums, StepMetrics
@@ -29,13 +34,16 @@ from evf_sam_jax.models.evf_sam import init_params, param_shapes
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.param_rules import Params, map_rules, match_rules
 from evf_sam_jax.predict import Predictor
-from evf_sam_jax.run_log import RunLog, check_finite, clock, make_workdir
+from evf_sam_jax.run_log import RunLog, SkippedLog, check_finite, clock, make_workdir
 from evf_sam_jax.train_state import create_state, split_params
 from evf_sam_jax.train_step import PromptKind, make_train_step
+from evf_sam_jax.training_data import TrainingData, open_data
 
 # Steps the host may be ahead of the device: it prepares the next one while the last one runs, and
 # reads no number that is not there yet.
 STEPS_AHEAD = 2
+# Of an image with more phrases, the first are shown.
+PANEL_PHRASES = 3
 
 
 def train(config: ExperimentConfig, workdir: Path) -> IouSums:
@@ -48,23 +56,23 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums:
       UserError: the directory holds another run, the configuration cannot be, or a loss stopped
         being finite.
     """
-    tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.model.encoder.max_text_tokens)
+    tokenizer = load_tokenizer(_tokenizer_dir(config), config.model.encoder.max_text_tokens)
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
     check_experiment(config)
+    data = open_data(config)
     make_workdir(workdir, config)
     params = initial_params(config)
     with RunLog(workdir) as log:
         log.line(parameter_overview.get_parameter_overview(params, include_stats=False))
         for stage in config.stages:
-            params, sums = run_stage(config, stage, params, tokenizer, log)
+            params, sums = run_stage(config, stage, data, params, tokenizer, log)
         predictor = Predictor(config.model, params, tokenizer)
-        held_out = _source(config, config.evaluation.split)
-        examples = (held_out[i] for i in range(config.evaluation.panel_images))
-        picture = prediction_panel(predictor, examples)
+        shown = min(config.evaluation.panel_images, len(data.held_out))
+        picture = prediction_panel(predictor, map(_for_panel, _readable(data.held_out, shown)))
         Image.fromarray(picture).save(workdir / "panel.png")
         log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
         manifest = Manifest(variant="evf-sam", config=config.model.to_dict())
-        write_model_dir(workdir / "model", params, manifest, SHAPES_TOKENIZER)
+        write_model_dir(workdir / "model", params, manifest, _tokenizer_dir(config))
         log.line(f"model directory: {workdir / 'model'}")
     return sums
 
@@ -76,19 +84,21 @@ def check_experiment(config: ExperimentConfig) -> None:
     for stage in config.stages:
         trainable, _ = split_params(params, stage.trainable)
         make_optimizer(stage.optimizer, stage.steps, trainable)
-    _source(config, "train")
-    _source(config, config.evaluation.split, config.evaluation.images)
 
 
 def initial_params(config: ExperimentConfig) -> Params:
-    """Random parameters, each scaled by the factor that `init_scale` gives it."""
-    params = init_params(config.model, jax.random.key(config.seed))
+    """The parameters of `init_model`, or random ones, each scaled by its factor in `init_scale`."""
+    if config.init_model:
+        params = Predictor.load(config.init_model).params
+    else:
+        params = init_params(config.model, jax.random.key(config.seed))
     return map_rules(lambda factor, leaf: factor * leaf, config.init_scale, params, "init_scale")
 
 
 def run_stage(
     config: ExperimentConfig,
     stage: StageConfig,
+    data: TrainingData,
     params: Params,
     tokenizer: Tokenizer,
     log: RunLog,
@@ -110,9 +120,11 @@ def run_stage(
     count_step = make_count_step(config.model, prompts)
     progress = Progress(config, stage, log)
     sums = IouSums()
-    with iterate(_train_batches(config, stage, tokenizer), config.data.workers) as batches:
+    skipped = SkippedLog(log, stage.name, data.mixture.describe, config.data.max_skipped)
+    with iterate(_train_batches(config, stage, data, tokenizer), config.data.workers) as batches:
         pending: list[StepMetrics] = []
         for step, batch in enumerate(batches, start=1):
+            skipped.add(step, batch.skipped_id)
             state, metrics = step_function(state, batch)
             pending.append(metrics)
             if len(pending) > STEPS_AHEAD:
@@ -121,7 +133,9 @@ def run_stage(
                 while pending:
                     progress.add(pending.pop(0))
                 with progress.paused():
-                    sums = evaluate(count_step, state.params, _held_out(config, stage, tokenizer))
+                    held_out = _held_out(config, stage, data, tokenizer)
+                    named = _named(held_out, data, functools.partial(skipped.add_held_out, step))
+                    sums = evaluate(count_step, state.params, named)
                     progress.held_out(step, sums)
     return state.params, sums
 
@@ -192,35 +206,49 @@ class _Paused:
         self._progress._excluded += time.monotonic() - self._begin
 
 
-def _source(config: ExperimentConfig, split: str, length: int | None = None) -> ShapesSource:
-    return ShapesSource(split, config.data.shapes, length)
+def _tokenizer_dir(config: ExperimentConfig) -> Path:
+    return Path(config.init_model) / "tokenizer" if config.init_model else SHAPES_TOKENIZER
 
 
-def _spec(config: ExperimentConfig, stage: StageConfig, batch_size: int) -> BatchSpec:
-    return BatchSpec(
-        batch_size=batch_size,
-        phrases=config.data.shapes.phrases,
-        text_length=config.data.text_length,
-        frame=config.model.segmenter.image_size,
-        encoder_size=config.model.encoder.image_size,
-        canvas=config.data.canvas,
-        prompts=stage.prompts != "text",
+def _readable(source: Source, count: int) -> Iterator[Example]:
+    """The first examples that can be read, at most `count`."""
+    for index in range(count):
+        with contextlib.suppress(UserError):  # it is named in skipped.jsonl
+            yield source[index]
+
+
+def _for_panel(example: Example) -> Example:
+    phrases = example.phrases[:PANEL_PHRASES]
+    return dataclasses.replace(example, phrases=phrases, masks=example.masks[:PANEL_PHRASES])
+
+
+def _train_batches(
+    config: ExperimentConfig, stage: StageConfig, data: TrainingData, tokenizer: Tokenizer
+):
+    # Each stage has an order of its own: otherwise the second would begin with the same images.
+    seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
+    spec = data.spec(config, stage, stage.batch_size, shrink=True)
+    return train_dataset(
+        data.mixture, tokenizer, spec, seed=seed, steps=stage.steps, buckets=data.choice
     )
 
 
-def _train_batches(config: ExperimentConfig, stage: StageConfig, tokenizer: Tokenizer):
-    # Each stage has an order of its own: otherwise the second would begin with the same images.
-    seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
-    spec = _spec(config, stage, stage.batch_size)
-    source = _source(config, "train")
-    mixture = Mixture((source,), (1.0,))
-    return train_dataset(mixture, tokenizer, spec, seed=seed, steps=stage.steps)
+def _named(
+    batches: Iterator[Batch], data: TrainingData, name: Callable[[str], None]
+) -> Iterator[Batch]:
+    """Passes the batches on, and names what could not be read or had no room."""
+    rows = eval_rows(data.held_out, data.phrases)
+    for batch in batches:
+        skipped = np.asarray(batch.skipped_id)
+        for row in skipped[skipped >= 0].tolist():
+            name(data.held_out.describe(int(rows.image[row])))
+        yield batch
 
 
 def _held_out(
-    config: ExperimentConfig, stage: StageConfig, tokenizer: Tokenizer
+    config: ExperimentConfig, stage: StageConfig, data: TrainingData, tokenizer: Tokenizer
 ) -> Iterator[Batch]:
-    source = _source(config, config.evaluation.split, config.evaluation.images)
-    spec = _spec(config, stage, config.evaluation.batch_size)
-    with iterate(eval_dataset(source, tokenizer, spec)) as batches:
+    spec = data.spec(config, stage, config.evaluation.batch_size, shrink=False)
+    dataset = eval_dataset(data.held_out, tokenizer, spec, buckets=data.choice)
+    with iterate(dataset) as batches:
         yield from batches

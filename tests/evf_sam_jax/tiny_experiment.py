@@ -8,7 +8,12 @@ from data_pipelines.assemble import BatchSpec, Example, Slot, assemble
 from data_pipelines.batch import Batch
 from data_pipelines.shapes import DEFAULT_CONFIG, SHAPES_TOKENIZER
 from data_pipelines.tokenizers import load_tokenizer
-from evf_sam_jax.experiment import DataConfig, EvaluationConfig, ExperimentConfig, StageConfig
+from evf_sam_jax.experiment import (
+    EvaluationConfig,
+    ExperimentConfig,
+    ShapesDataConfig,
+    StageConfig,
+)
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
@@ -44,7 +49,7 @@ REFERRING = dataclasses.replace(
 EXPERIMENT = ExperimentConfig(
     seed=0,
     model=MODEL,
-    data=DataConfig(shapes=DEFAULT_CONFIG, text_length=TEXT_LENGTH, canvas=CANVAS),
+    data=ShapesDataConfig(shapes=DEFAULT_CONFIG, text_length=TEXT_LENGTH, canvas=CANVAS),
     stages=(PRETRAIN, REFERRING),
     evaluation=EvaluationConfig(images=3, batch_size=2, every=100, panel_images=1),
     init_scale=(

@@ -1,0 +1,68 @@
+"""Goes on training a finished model on one's own images, phrases and masks.
+
+    python -m evf_sam_jax.main --workdir runs/own \\
+        --config configs/finetune.py:model=MODEL_DIR,data=DATA_DIR,steps=500
+
+DATA_DIR holds `train.jsonl` and `val.jsonl` (data_pipelines/own_data.py says what is in them). As
+in the original's recipe, the encoder, the projector and the mask decoder are trained, and the image
+encoder is not. `form=own_coco` reads COCO files with phrases instead.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.arguments import parse_arguments
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """Returns the values of the experiment."""
+    arguments = parse_arguments(
+        argument,
+        model="",
+        data="",
+        form=("own_jsonl", "own_coco"),
+        steps=500,
+        batch_size=4,
+        learning_rate=2e-5,
+        workers=0,
+    )
+    for name in ("model", "data"):
+        if not arguments[name]:
+            raise ValueError(f"config argument {name!r}: expected a directory, found nothing")
+    config = ConfigDict()
+    config.seed = 0
+    config.log_every = 10
+    config.init_model = arguments["model"]
+
+    # Data
+    own = dict(name=arguments["form"], root=arguments["data"])
+    config.data = ConfigDict()
+    config.data.train = [dict(own, split="train")]
+    config.data.held_out = [dict(own, split="val")]
+    config.data.phrases = 3
+    config.data.text_lengths = (16, 32, 64)
+    config.data.canvases = ((640, 640), (1024, 1024))
+    config.data.workers = arguments["workers"]
+    config.data.max_skipped = 10
+
+    # Training
+    config.stages = ConfigDict()
+    config.stages.finetune = dict(
+        prompts="text",
+        steps=arguments["steps"],
+        batch_size=arguments["batch_size"],
+        trainable=[
+            ("(encoder|projector)/.*", True),
+            ("segmenter/mask_decoder/.*", True),
+            ("segmenter/prompt_encoder/no_mask_embed", True),
+            ("segmenter/.*", False),
+        ],
+        optimizer=dict(
+            learning_rate=arguments["learning_rate"], schedule="cosine", warmup_steps=20
+        ),
+    )
+
+    # Evaluation
+    config.evaluation = dict(
+        split="val", images=256, batch_size=arguments["batch_size"], every=100, panel_images=4
+    )
+    return config

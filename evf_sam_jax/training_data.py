@@ -1,0 +1,105 @@
+"""What a run reads: its sources by name, mixed, and the shapes of their batches."""
+
+import dataclasses
+from pathlib import Path
+
+from absl import logging
+
+from data_pipelines.assemble import BatchSpec
+from data_pipelines.buckets import Buckets
+from data_pipelines.datasets import find_dataset
+from data_pipelines.mixture import Mixture, exclude_images
+from data_pipelines.shapes import ShapesSource
+from data_pipelines.source import IndexedSource, Source
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import DatasetConfig, ExperimentConfig, ShapesDataConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The opened data of a run.
+
+    Attributes:
+      mixture: what it is trained on.
+      held_out: what it is measured on.
+      phrases: k, phrases an image.
+      buckets: the shapes to choose from.
+    """
+
+    mixture: Mixture
+    held_out: Source
+    phrases: int
+    buckets: Buckets
+
+    def spec(
+        self, config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
+    ) -> BatchSpec:
+        """The shapes of batches; text length and canvas are the largest."""
+        return BatchSpec(
+            batch_size=batch_size,
+            phrases=self.phrases,
+            text_length=self.buckets.text_lengths[-1],
+            frame=config.model.segmenter.image_size,
+            encoder_size=config.model.encoder.image_size,
+            canvas=self.buckets.canvases[-1],
+            prompts=stage.prompts != "text",
+            shrink=shrink,
+        )
+
+    @property
+    def choice(self) -> Buckets | None:
+        """None where there is nothing to choose: then no entry is looked up."""
+        shapes = len(self.buckets.text_lengths) * len(self.buckets.canvases)
+        only_sizes_that_fit = all(isinstance(s, ShapesSource) for s in self.mixture.sources)
+        return None if shapes == 1 and only_sizes_that_fit else self.buckets
+
+
+def open_data(config: ExperimentConfig) -> TrainingData:
+    """Opens all data sets of a run, building their indices where there are none yet.
+
+    Raises:
+      UserError: an unknown data set or split, missing files, or a data set for evaluation only.
+    """
+    data, images = config.data, config.evaluation.images
+    if isinstance(data, ShapesDataConfig):
+        train = ShapesSource("train", data.shapes)
+        held_out = ShapesSource(config.evaluation.split, data.shapes, images)
+        buckets = Buckets((data.text_length,), (data.canvas,))
+        return TrainingData(Mixture((train,), (1.0,)), held_out, data.shapes.phrases, buckets)
+    sources = [open_source(entry) for entry in data.train]
+    for entry in data.train:
+        if find_dataset(entry.name).evaluation_only:
+            raise UserError(
+                f"data.train: expected data to train on, found {entry.name}, which "
+                "is for evaluation only"
+            )
+    held_out = [open_source(entry) for entry in data.held_out]
+    if data.exclude_images_of:
+        indices = [open_source(entry).index for entry in data.exclude_images_of]
+        for i, source in enumerate(sources):
+            sources[i], dropped = exclude_images(source, indices)
+            logging.warning(
+                "%s: left out %d of %d images, which evaluation splits have",
+                source.name,
+                dropped,
+                len(source),
+            )
+    mixture = Mixture(tuple(sources), tuple(entry.weight for entry in data.train))
+    together = Mixture(tuple(_first(source, images) for source in held_out), (1.0,) * len(held_out))
+    # No longer than the model has positions for.
+    longest = config.model.encoder.max_text_tokens
+    text_lengths = tuple(sorted({min(length, longest) for length in data.text_lengths}))
+    return TrainingData(mixture, together, data.phrases, Buckets(text_lengths, data.canvases))
+
+
+def open_source(entry: DatasetConfig) -> IndexedSource:
+    """One data set, read by the original's rules where the entry does not say otherwise."""
+    dataset, root = find_dataset(entry.name), Path(entry.root)
+    rules = dataset.train_rules if entry.split == "train" else dataset.eval_rules
+    return dataset.source(root, entry.split, dataclasses.replace(rules, **dict(entry.rules)))
+
+
+def _first(source: IndexedSource, images: int) -> IndexedSource:
+    if len(source) <= images:
+        return source
+    return IndexedSource(source.index, source.store, source.rules, source.images[:images])

@@ -1,0 +1,127 @@
+"""Fine-tuning on one's own photograph, from a model directory to a model directory."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.finetune import get_config
+from data_pipelines.shapes import SHAPES_TOKENIZER
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import experiment_from_dict
+from evf_sam_jax.model_dir import Manifest, load_params, path_leaves, write_model_dir
+from evf_sam_jax.models.evf_sam import init_params
+from evf_sam_jax.train import train
+from tests.data_pipelines.astronaut import OBJECTS, write_astronaut
+from tests.evf_sam_jax.tiny_experiment import MODEL
+
+PHRASES = sum(len(phrases) for phrases, _ in OBJECTS.values())
+
+# With room for phrases that are spelt out letter by letter, for want of words.
+ENCODER = dataclasses.replace(MODEL.encoder, max_text_positions=66)
+SPELLING_MODEL = dataclasses.replace(MODEL, encoder=ENCODER)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random parameters."""
+    path = tmp_path_factory.mktemp("models") / "model"
+    params = init_params(SPELLING_MODEL, jax.random.key(0))
+    manifest = Manifest(variant="tiny", config=SPELLING_MODEL.to_dict())
+    write_model_dir(path, params, manifest, SHAPES_TOKENIZER)
+    return path
+
+
+@pytest.fixture
+def directories(model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The model, and a photograph with phrases to train and to measure on."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        write_astronaut(tmp_path / "data", split)
+    return model, tmp_path / "data"
+
+
+def config_of(directories: tuple[Path, Path]) -> ConfigDict:
+    model, data = directories
+    config = get_config(f"model={model},data={data},steps=3,batch_size=1")
+    config.log_every = 1
+    config.data.text_lengths = (64,)  # one to compile
+    return config
+
+
+def test_a_photograph_is_trained_on(directories: tuple[Path, Path], tmp_path: Path):
+    config = experiment_from_dict(config_of(directories).to_dict())
+    assert config.model == SPELLING_MODEL
+    sums = train(config, tmp_path / "run")
+    assert sums.masks == PHRASES and sums.union > 0  # all phrases, although three are in a batch
+    before, after = (
+        path_leaves(load_params(path)) for path in (directories[0], tmp_path / "run" / "model")
+    )
+    moved = {name.split("/")[1] for name in before if (before[name] != after[name]).any()}
+    assert "mask_decoder" in moved and "image_encoder" not in moved
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line).get("finetune/loss") for line in lines]
+    assert np.isfinite([loss for loss in losses if loss is not None]).all()
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+def test_held_out_phrases_without_room_are_named(directories, tmp_path: Path):
+    config = config_of(directories)
+    config.stages.finetune.steps = 1
+    config.data.text_lengths = (16, 25)
+    sums = train(experiment_from_dict(config.to_dict()), tmp_path / "run")
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert "own_jsonl/val" in line and "held out" in line
+    assert sums.masks < PHRASES
+
+
+def test_unreadable_images_are_listed_and_stop_the_run(directories, tmp_path: Path):
+    data = directories[1]
+    line = {"image": "broken.png", "phrase": "the strip", "mask": [[1, 1, 9, 1, 9, 9]]}
+    photograph = (data / "astronaut.png").read_bytes()
+    (data / "broken.png").write_bytes(photograph[:4000])
+    lines = (data / "train.jsonl").read_text() + json.dumps(line) + "\n"
+    (data / "train.jsonl").write_text(lines)
+    config = config_of(directories)
+    config.stages.finetune.steps = 8
+    config.data.max_skipped = 1
+    with pytest.raises(UserError, match="at most data.max_skipped = 1 examples that cannot be"):
+        train(experiment_from_dict(config.to_dict()), tmp_path / "run")
+    listed = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert len(listed) == 2 and all("broken.png" in line for line in listed)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train": [{"name": "nothing", "root": "."}]}, "data set 'nothing': expected one of"),
+        ({"train": []}, "data.train: expected at least one data set"),
+        ({"train": [{"name": "own_jsonl"}]}, "config.data.train: the key 'root' is missing"),
+        (
+            {"train": [{"name": "own_jsonl", "root": ".", "rules": {"size": 3}}]},
+            "unknown rule 'size'",
+        ),
+    ],
+)
+def test_a_mixture_that_cannot_be(directories, tmp_path: Path, change: dict, message: str):
+    values = config_of(directories).to_dict()
+    values["data"] = {**values["data"], **change}
+    with pytest.raises(UserError, match=message):
+        train(experiment_from_dict(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0])
+def test_a_weight_that_is_not_above_zero(directories, tmp_path: Path, weight: float):
+    values = config_of(directories).to_dict()
+    values["data"]["train"][0]["weight"] = weight
+    with pytest.raises(UserError, match="expected weights above 0"):
+        train(experiment_from_dict(values), tmp_path / "run")
+
+
+def test_model_and_data_must_be_given():
+    with pytest.raises(ValueError, match="'model': expected a directory, found nothing"):
+        get_config("data=here")
