@@ -3,19 +3,27 @@
 Reference: hustvl/EVF-SAM at 9935dc5, utils/refer.py, utils/grefer.py and
 utils/refer_seg_dataset.py:140-215.
 
-Differences: pickles run no code; a segmentation that is ill-formed or covers no pixel is reported,
-and its target is empty as in the original; a ref of several objects (gRefCOCO) is their union;
-images may also have the names of train2017; a split that the file does not hold is an error.
+Differences: pickles run no code; a segmentation that is empty, ill-formed or covers no pixel is
+reported, and its object has an empty mask, as the original gives empty ones; a ref of several
+objects (gRefCOCO) is their union; images may also have the names of train2017; a split that the
+file does not hold is an error.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.coco_json import CocoFile, CocoImage, PresentFiles, missing_image, read_coco
+from data_pipelines.coco_json import (
+    CocoFile,
+    CocoImage,
+    Id,
+    PresentFiles,
+    missing_image,
+    read_coco,
+)
 from data_pipelines.dataset import Dataset
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.restricted_pickle import load_plain_pickle
@@ -80,7 +88,7 @@ def _load(form: _Form, root: Path, split: str) -> Iterator[AnnotatedImage | Prob
     images = {image.coco_id: image for image in coco.images}
     annotations = {one["id"]: one for image in coco.images for one in image.annotations}
     present = PresentFiles(root)
-    for image_id in sorted(by_image, key=str):
+    for image_id in sorted(by_image, key=lambda key: (isinstance(key, str), key)):
         where = f"{form.refs_file(root)}: ref {by_image[image_id][0]['ref_id']}"
         if image_id not in images:
             raise UserError(
@@ -90,7 +98,8 @@ def _load(form: _Form, root: Path, split: str) -> Iterator[AnnotatedImage | Prob
         names = [f"{folder}/{name}" for folder in form.image_folders for name in _names(image)]
         file = next((name for name in names if name in present), None)
         if file is None:
-            yield missing_image(where, names[0])
+            for ref in by_image[image_id]:
+                yield missing_image(f"{form.refs_file(root)}: ref {ref['ref_id']}", names[0])
             continue
         targets = []
         for ref in by_image[image_id]:
@@ -113,7 +122,7 @@ def _target(
     coco: CocoFile,
     annotations: Mapping[Any, Mapping[str, Any]],
 ) -> tuple[Target, list[Problem]]:
-    ids = ref["ann_id"] if isinstance(ref["ann_id"], Sequence) else [ref["ann_id"]]
+    ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     where = f"{path}: ref {ref['ref_id']}"
     parts: list[bytes] = []
     names: list[str] = []
@@ -121,7 +130,7 @@ def _target(
     for ann_id in ids:
         if ann_id == NO_TARGET:
             continue
-        if ann_id not in annotations:
+        if not isinstance(ann_id, Id) or ann_id not in annotations:
             raise UserError(
                 f"{where}: expected an annotation of {coco.path.name}, found ann_id {ann_id!r}"
             )
@@ -152,7 +161,7 @@ def _refs_of_split(path: Path, split: str) -> list[Mapping[str, Any]]:
 
 def _check_ref(where: str, ref: Any) -> None:
     """Raises UserError if a ref lacks what is read of it."""
-    kinds = {"ref_id": int, "ann_id": int | list, "image_id": int | str, "split": str}
+    kinds = {"ref_id": Id, "ann_id": Id | list, "image_id": Id, "split": str}
     for key, kind in {**kinds, "sentences": list}.items():
         if not isinstance(ref, dict) or not isinstance(ref.get(key), kind):
             found = repr(ref.get(key))[:40] if isinstance(ref, dict) else type(ref).__name__
@@ -165,6 +174,8 @@ def _check_ref(where: str, ref: Any) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, found: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path}: expected json, found {error}") from error
 
@@ -173,13 +184,17 @@ def _dataset(
     form: _Form, splits: tuple[str, ...], published: Mapping[str, int] | None = None
 ) -> Dataset:
     refs = " or ".join(form.refs)
-    images = " or ".join(form.image_folders)
+    folders = " or ".join(form.image_folders)
+    names = "<image>.jpg"
+    if form.image_folders == COCO_IMAGES:
+        names = "COCO_train2014_<12 digits>.jpg, or <12 digits>.jpg, in either folder"
     return Dataset(
         form.name,
         splits,
         f"  refer_seg/{form.folder}/instances.json\n"
         f"  refer_seg/{form.folder}/{refs}\n"
-        f"  {images}/<image>.jpg",
+        f"  {folders}/\n"
+        f"    {names}",
         inputs=form.inputs,
         load=functools.partial(_load, form),
         published={split: {"targets": count} for split, count in (published or {}).items()},

@@ -28,7 +28,7 @@ def load_plain_pickle(path: Path) -> Any:
     except _RefusedGlobal as refused:
         raise UserError(
             f"{path}: expected a pickle of plain lists, dicts, strings and numbers, found a "
-            f"reference to {refused}, which was not run"
+            f"reference to {refused}: it was not run"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: expected a readable file, found: {error.strerror}") from None

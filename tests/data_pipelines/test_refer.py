@@ -1,13 +1,10 @@
 """RefCOCO's family is read from files in the official layout, pickles of Python 2 and all."""
 
-import json
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as coco
 
 from data_pipelines.datasets import find_dataset
@@ -15,77 +12,16 @@ from data_pipelines.mixture import exclude_images
 from data_pipelines.refer import COCO_IMAGES, has_split
 from data_pipelines.source import ReadingRules
 from evf_sam_jax.errors import UserError
-
-H, W = 30, 40
-TRIANGLE, SQUARE = [2, 2, 22, 2, 2, 22], [10, 5, 30, 5, 30, 25, 10, 25]
-BLOB = np.zeros((H, W), np.uint8)
-BLOB[4:9, 11:30] = 1
-RLE = {"size": [H, W], "counts": coco.encode(np.asfortranarray(BLOB))["counts"].decode()}
-
-ANNOTATIONS = {  # annotation id: image id, segmentation
-    101: (1, [TRIANGLE]),
-    102: (1, [TRIANGLE, SQUARE]),
-    103: (2, [SQUARE]),
-    104: (2, []),
-    105: (3, [[0, 0, 5, 5]]),
-    106: (4, [RLE]),
-}
-
-
-def ref(ref_id: int, ann_id: Any, image_id: int, split: str, *phrases: str) -> dict:
-    sentences = [
-        {"sent_id": 10 * ref_id + i, "raw": p.upper(), "sent": p, "tokens": p.split()}
-        for i, p in enumerate(phrases)
-    ]
-    return {
-        "ref_id": ref_id,
-        "ann_id": ann_id,
-        "category_id": 7,
-        "image_id": image_id,
-        "file_name": f"COCO_train2014_{image_id:012}_{ref_id}.jpg",
-        "split": split,
-        "sent_ids": [sentence["sent_id"] for sentence in sentences],
-        "sentences": sentences,
-    }
-
-
-REFS = [
-    ref(1, 101, 1, "train", "Left triangle ", "the triangle"),
-    ref(2, 102, 1, "train", "both of them"),
-    ref(3, 103, 2, "val", "the square"),
-    ref(4, 104, 2, "train", "nothing drawn"),
-    ref(5, 105, 3, "testA", "a line"),
-    ref(6, 106, 4, "testB", "the blob"),
-]
-
-
-def write_root(
-    root: Path,
-    refs: list[dict] = REFS,
-    folder: str = "refcoco",
-    file: str = "refs(unc).p",
-    year: int = 2014,
-) -> Path:
-    place = root / "refer_seg" / folder
-    place.mkdir(parents=True)
-    names = {i: f"COCO_train2014_{i:012}.jpg" for i in (1, 2, 3, 4)}
-    instances = {
-        "images": [{"id": i, "file_name": n, "height": H, "width": W} for i, n in names.items()],
-        "annotations": [
-            {"id": i, "image_id": image, "category_id": 7, "segmentation": s, "iscrowd": 0}
-            for i, (image, s) in ANNOTATIONS.items()
-        ],
-        "categories": [{"id": 7, "name": "shape"}],
-    }
-    (place / "instances.json").write_text(json.dumps(instances))
-    content = json.dumps(refs).encode() if file.endswith("json") else pickle.dumps(refs, 2)
-    (place / file).write_bytes(content)
-    images = root / COCO_IMAGES[0].replace("2014", str(year))
-    images.mkdir(parents=True)
-    for i, name in names.items():
-        name = name if year == 2014 else name.removeprefix("COCO_train2014_")
-        Image.fromarray(np.full((H, W, 3), 40 * i, np.uint8)).save(images / name)
-    return root
+from tests.data_pipelines.refer_files import (
+    BLOB,
+    REFS,
+    SQUARE,
+    TRIANGLE,
+    H,
+    W,
+    ref,
+)
+from tests.data_pipelines.refer_files import write_refer_root as write_root
 
 
 def pixels(*polygons: list) -> np.ndarray:
@@ -146,12 +82,15 @@ def test_a_generalised_ref_has_several_objects_or_none(tmp_path: Path, file: str
     refs = [
         ref(1, [101, 102], 1, "train", "all triangles"),
         ref(2, [-1], 1, "train", "the circle"),
+        ref(3, -1, 1, "train", "the oval"),
     ]
     root = write_root(tmp_path, refs, "grefcoco", file)
     source = find_dataset("grefcoco").source(root, "train")
     example = source[0]
     np.testing.assert_array_equal(example.masks[0], pixels(TRIANGLE, SQUARE) > 0)
-    assert not example.masks[1].any()
+    assert not example.masks[1:].any() and len(example.masks) == 3
+    categories = [target.category for target in source.index.annotated(0).targets]
+    assert categories == ["shape", "", ""]
     assert source.index.problems() == []
 
 
@@ -186,7 +125,8 @@ def test_a_missing_image_is_reported_and_left_out(tmp_path: Path):
     (tmp_path / COCO_IMAGES[0] / "COCO_train2014_000000000001.jpg").unlink()
     source = find_dataset("refcoco").source(tmp_path, "train")
     assert len(source) == 1
-    assert any("expected the image" in problem.what for problem in source.index.problems())
+    missing = [p.where for p in source.index.problems() if "expected the image" in p.what]
+    assert [where.rpartition(": ")[2] for where in missing] == ["ref 1", "ref 2"]
 
 
 def test_a_file_without_the_split_names_those_it_has(tmp_path: Path):
@@ -209,6 +149,7 @@ def test_a_missing_file_shows_the_layout(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"ann_id": [[101]]}, r"expected an annotation of instances.json, found ann_id \[101\]"),
         ({"ann_id": 999}, "expected an annotation of instances.json, found ann_id 999"),
         ({"image_id": 999}, "expected an image of instances.json, found image_id 999"),
         ({"sentences": [{"raw": "x"}]}, "sentences with the key 'sent'"),
@@ -233,27 +174,54 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path):
     (root / "refer_seg/refcoco/refs(unc).p").write_bytes(
         b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
     )
-    with pytest.raises(UserError, match="a reference to posix.system, which was not run"):
+    with pytest.raises(UserError, match="a reference to posix.system: it was not run"):
         find_dataset("refcoco").source(root, "train")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps(REFS, 2)[:200]])
-def test_a_broken_pickle_is_named(tmp_path: Path, content: bytes):
+def test_pickles_of_python_3_are_read_alike(tmp_path: Path):
     root = write_root(tmp_path)
-    (root / "refer_seg/refcoco/refs(unc).p").write_bytes(content)
-    with pytest.raises(UserError, match=r"refs\(unc\).p: expected a whole pickle"):
-        find_dataset("refcoco").source(root, "train")
+    old = find_dataset("refcoco").source(root, "train").index
+    written = [old.annotated(i) for i in range(len(old))]
+    (root / "refer_seg/refcoco/refs(unc).p").write_bytes(pickle.dumps(REFS))
+    new = find_dataset("refcoco").source(root, "train").index
+    assert [new.annotated(i) for i in range(len(new))] == written
 
 
-def test_strings_of_python_2_are_read(tmp_path: Path):
-    root = write_root(tmp_path)
-    # Protocol 0, as Python 2 writes a str: S'...', not the unicode of Python 3.
-    file = root / "refer_seg/refcoco/refs(unc).p"
-    old = (
-        pickle.dumps([REFS[2]], 0)
-        .replace(b"Vval\n", b"S'val'\n")
-        .replace(b"Vthe square\n", b"S'the caf\\xe9'\n")
-    )
-    file.write_bytes(old)
+def test_phrases_beyond_ascii_are_read(tmp_path: Path):
+    root = write_root(tmp_path, [ref(3, 103, 2, "val", "the caf\xe9")])
     assert find_dataset("refcoco").source(root, "val")[0].phrases == ("the caf\xe9",)
+
+
+def test_images_are_in_order_of_their_numbers(tmp_path: Path):
+    root = write_root(tmp_path)
+    file = root / "refer_seg/refcoco/instances.json"
+    text = file.read_text().replace('"image_id": 1,', '"image_id": 10,')
+    file.write_text(text.replace('{"id": 1,', '{"id": 10,'))
+    refs = [ref(1, 101, 10, "train", "ten"), ref(2, 103, 2, "train", "two")]
+    (root / "refer_seg/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    index = find_dataset("refcoco").index(root, "train")
+    assert [index.image_id(i) for i in range(len(index))] == ["coco/2", "coco/10"]
+
+
+@pytest.mark.parametrize("name", ["refclef", "refclef_berkeley"])
+def test_refclef_has_run_lengths_and_its_own_images(tmp_path: Path, name: str):
+    file = {"refclef": "refs(unc).p", "refclef_berkeley": "refs(berkeley).p"}[name]
+    refs = [ref(6, 106, 4, "train", "the blob")]
+    source = find_dataset(name).source(write_root(tmp_path, refs, "refclef", file), "train")
+    np.testing.assert_array_equal(source[0].masks[0], BLOB)
+    assert source.index.image_id(0) == "saiapr/4"
+    assert source.index.file(0) == "refer_seg/images/saiapr_tc-12/4.jpg"
+
+
+def test_short_names_are_found_in_the_folder_of_2014(tmp_path: Path):
+    source = find_dataset("refcoco").source(write_root(tmp_path, short_names=True), "train")
+    assert source.index.file(0).endswith("train2014/000000000001.jpg")
+
+
+def test_an_annotation_that_comes_twice_is_refused(tmp_path: Path):
+    root = write_root(tmp_path)
+    file = root / "refer_seg/refcoco/instances.json"
+    file.write_text(file.read_text().replace('{"id": 102,', '{"id": 101,'))
+    with pytest.raises(UserError, match="expected each id once, found 101 a second time"):
+        find_dataset("refcoco").source(root, "train")
