@@ -117,14 +117,13 @@ def _annotate(classes: Mapping[int, str | None], job: _Job) -> AnnotatedImage | 
     try:
         labels = read_labels(job.labels)
     except UserError as error:
-        return Problem(str(job.labels), str(error))
+        return Problem(str(job.labels), str(error).removeprefix(f"{job.labels}: "))
     targets = []
     ignore = np.zeros(labels.shape, bool)
     for label in np.unique(labels).tolist():
         if label not in classes:
             raise UserError(
-                f"{job.labels}: expected the labels of {job.dataset}, {min(classes)} to "
-                f"{max(classes)}, found {label}"
+                f"{job.labels}: expected the {len(classes)} labels of {job.dataset}, found {label}"
             )
         name, inside = classes[label], labels == label
         if name is None:
@@ -141,26 +140,36 @@ def _ade20k_classes(root: Path) -> dict[int, str | None]:
     path = root / "ade20k" / "ade20k_classes.json"
     names = list(CLASSES)
     if path.exists():
-        names = _read_json(path)
-        if not isinstance(names, list) or len(names) != len(CLASSES):
-            raise UserError(f"{path}: expected a list of {len(CLASSES)} names, found another")
-    return {0: None, **{label: name for label, name in enumerate(names, start=1)}}
+        names = _names(path, "a list of names", _read_json(path))
+        if len(names) != len(CLASSES):
+            raise UserError(f"{path}: expected {len(CLASSES)} names, found {len(names)}")
+    # The original takes 0 and 255 for no label.
+    return {0: None, **dict(enumerate(names, start=1)), 255: None}
 
 
 def _mapillary_classes(root: Path) -> dict[int, str | None]:
     path = root / _MAPILLARY_NAMES
     content = _read_json(path)
-    try:
-        names = [str(label["readable"]).lower() for label in content["labels"]]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path}: expected 'labels' with the key 'readable', found others"
-        ) from None
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if isinstance(labels, list):
+        labels = [one.get("readable") if isinstance(one, dict) else None for one in labels]
+    names = [name.lower() for name in _names(path, "'labels', each with a 'readable' name", labels)]
     return {label: None if name == "unlabeled" else name for label, name in enumerate(names)}
 
 
 def _human_parsing_classes(root: Path) -> dict[int, str | None]:
     return dict(enumerate(HUMAN_PARSING_CLASSES))
+
+
+def _names(path: Path, expected: str, found: object) -> list[str]:
+    """`found`, if it is a list of one name or more. Raises UserError otherwise."""
+    if not isinstance(found, list) or not found:
+        what = "an empty list" if found == [] else "none" if found is None else type(found).__name__
+        raise UserError(f"{path}: expected {expected}, found {what}")
+    for place, name in enumerate(found):
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{path}: expected {expected}, found {name!r} at place {place}")
+    return found
 
 
 def _read_json(path: Path):

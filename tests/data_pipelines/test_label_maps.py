@@ -59,11 +59,39 @@ def test_unlabelled_pixels_are_background_or_ignored(ade20k: Path):
     np.testing.assert_array_equal(ignore, LABELS == 0)
 
 
+def test_ade20k_takes_255_for_no_label_and_refuses_what_is_between(ade20k: Path):
+    path = ade20k / "ade20k/annotations/training/image_0.png"
+    Image.fromarray(np.where(LABELS == 9, 255, LABELS).astype(np.uint8)).save(path)
+    rules = ReadingRules(ignore_unlabelled=True)
+    example = find_dataset("ade20k").source(ade20k, "train", rules)[0]
+    assert example.phrases == ("sky",)
+    np.testing.assert_array_equal(example.ignore, LABELS != 3)
+    Image.fromarray(np.full((H, W), 151, np.uint8)).save(path)
+    with pytest.raises(UserError, match="expected the 152 labels of ade20k, found 151"):
+        next(find_dataset("ade20k").load(ade20k, "train"))
+
+
 def test_names_beside_the_data_come_first(ade20k: Path):
     names = [f"class {i}" for i in range(1, 151)]
     (ade20k / "ade20k/ade20k_classes.json").write_text(json.dumps(names))
     example = find_dataset("ade20k").source(ade20k, "train", ReadingRules())[0]
     assert example.phrases == ("class 3", "class 9")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"1": "wall"}, "a list of names, found dict"),
+        ([], "a list of names, found an empty list"),
+        (["wall"] * 149, "150 names, found 149"),
+        (["wall", 7] * 75, "a list of names, found 7 at place 1"),
+        (["wall", " "] * 75, "a list of names, found ' ' at place 1"),
+    ],
+)
+def test_a_file_of_other_than_names_is_refused(ade20k: Path, names: object, message: str):
+    (ade20k / "ade20k/ade20k_classes.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=rf"ade20k_classes\.json: expected {message}"):
+        find_dataset("ade20k").source(ade20k, "train")
 
 
 def test_mapillary_has_its_names_in_a_file_and_no_prefix(tmp_path: Path):
@@ -75,6 +103,29 @@ def test_mapillary_has_its_names_in_a_file_and_no_prefix(tmp_path: Path):
     assert dataset.source(tmp_path, "train")[0].phrases == ("class 3", "class 9")
     prefixed = dataset.source(tmp_path, "train", ReadingRules(prefix="[semantic] "))
     assert prefixed[0].phrases == ("[semantic] class 3", "[semantic] class 9")
+    ignore = dataset.source(tmp_path, "train", ReadingRules(ignore_unlabelled=True))[0].ignore
+    np.testing.assert_array_equal(ignore, LABELS == 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([], "none"),
+        ({}, "none"),
+        ({"labels": {}}, "dict"),
+        ({"labels": []}, "an empty list"),
+        ({"labels": [{"readable": "Bird"}, {"name": "x"}]}, "None at place 1"),
+        ({"labels": [{"readable": 5}]}, "5 at place 0"),
+    ],
+)
+def test_a_mapillary_config_without_names_is_refused(tmp_path: Path, content: object, found: str):
+    write(tmp_path, "mapillary/training/v2.0/labels", "mapillary/training/images")
+    (tmp_path / "mapillary/config_v2.0.json").write_text(json.dumps(content))
+    expected = (
+        rf"config_v2\.0\.json: expected 'labels', each with a 'readable' name, found {found}$"
+    )
+    with pytest.raises(UserError, match=expected):
+        find_dataset("mapillary").source(tmp_path, "train")
 
 
 def test_human_parsing_reads_indices_and_names_sides_as_the_viewer_sees_them(human_parsing: Path):
@@ -106,7 +157,7 @@ def test_worker_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_unknown_label_is_named(human_parsing: Path):
     path = human_parsing / "humanparsing/SegmentationClassAug/image_0.png"
     Image.fromarray(np.full((H, W), 18, np.uint8)).save(path)
-    with pytest.raises(UserError, match="image_0.png: expected the labels of .*0 to 17, found 18"):
+    with pytest.raises(UserError, match="image_0.png: expected the 18 labels .*found 18"):
         find_dataset("human_parsing").source(human_parsing, "train")
 
 
@@ -123,7 +174,7 @@ def test_a_bad_pair_of_files_is_reported(ade20k: Path, content: str):
     source = find_dataset("ade20k").source(ade20k, "train")
     assert len(source) == 1
     (problem,) = source.index.problems()
-    assert "image_1" in problem.where and "expected" in problem.what
+    assert "image_1" in problem.where and problem.what.startswith("expected")
 
 
 def test_a_missing_folder_shows_the_layout(tmp_path: Path):
