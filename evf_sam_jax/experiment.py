@@ -55,7 +55,7 @@ class DatasetConfig:
 
     Attributes:
       name: as in `data_pipelines/datasets.py`.
-      root: its folder.
+      root: its folder, or the one that `data_pipelines.prepare` wrote it into.
       weight: how often it is drawn from, beside the others.
       rules: (name, value) of `ReadingRules`, where they differ from the original's for it.
     """

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from absl import logging
+from etils import epath
 
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.buckets import Buckets
 from data_pipelines.datasets import find_dataset
 from data_pipelines.mixture import Mixture, exclude_images
+from data_pipelines.prepared import open_prepared, read_manifest
 from data_pipelines.shapes import ShapesSource
 from data_pipelines.source import IndexedSource, Source
 from evf_sam_jax.errors import UserError
@@ -93,10 +95,17 @@ def open_data(config: ExperimentConfig) -> TrainingData:
 
 
 def open_source(entry: DatasetConfig) -> IndexedSource:
-    """One data set, read by the original's rules where the entry does not say otherwise."""
-    dataset, root = find_dataset(entry.name), Path(entry.root)
+    """One data set, read by the original's rules where the entry does not say otherwise.
+
+    If its root holds the split as `data_pipelines.prepare` writes it, that is read.
+    """
+    dataset = find_dataset(entry.name)
     rules = dataset.train_rules if entry.split == "train" else dataset.eval_rules
-    return dataset.source(root, entry.split, dataclasses.replace(rules, **dict(entry.rules)))
+    rules = dataclasses.replace(rules, **dict(entry.rules))
+    prepared = epath.Path(entry.root) / entry.name / entry.split
+    if read_manifest(prepared) is not None:
+        return open_prepared(prepared, rules)
+    return dataset.source(Path(entry.root), entry.split, rules)
 
 
 def _first(source: IndexedSource, images: int) -> IndexedSource:

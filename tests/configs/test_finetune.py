@@ -10,12 +10,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.finetune import get_config
+from data_pipelines.datasets import find_dataset
+from data_pipelines.prepare import prepare
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.experiment import experiment_from_dict
+from evf_sam_jax.experiment import DatasetConfig, experiment_from_dict
 from evf_sam_jax.model_dir import Manifest, load_params, path_leaves, write_model_dir
 from evf_sam_jax.models.evf_sam import init_params
 from evf_sam_jax.train import train
+from evf_sam_jax.training_data import open_source
 from tests.data_pipelines.astronaut import OBJECTS, write_astronaut
 from tests.evf_sam_jax.tiny_experiment import MODEL
 
@@ -112,6 +115,19 @@ def test_a_mixture_that_cannot_be(directories, tmp_path: Path, change: dict, mes
     values["data"] = {**values["data"], **change}
     with pytest.raises(UserError, match=message):
         train(experiment_from_dict(values), tmp_path / "run")
+
+
+def test_a_prepared_data_set_is_read_in_place_of_its_files(tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_astronaut(data)
+    loose = open_source(DatasetConfig("own_jsonl", str(data)))
+    prepare(find_dataset("own_jsonl"), data, tmp_path / "prepared", "train")
+    (data / "astronaut.png").unlink()
+    rules = (("text", "lower"), ("prefix", "find "))
+    prepared = open_source(DatasetConfig("own_jsonl", str(tmp_path / "prepared"), rules=rules))
+    assert prepared[0].phrases == tuple(f"find {p.lower()}" for p in loose.entry(0).phrases)
+    assert prepared[0].masks.any(axis=(1, 2)).all()
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0])
