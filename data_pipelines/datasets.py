@@ -1,10 +1,26 @@
 """Every data set by its name, as configs and commands call it."""
 
-from data_pipelines import label_maps, objects365, own_data, parts, refer
+from data_pipelines import (
+    label_maps,
+    objects365,
+    own_data,
+    parts,
+    refcoco_parquet,
+    refcoco_tfds,
+    refer,
+)
 from data_pipelines.dataset import Dataset
 from evf_sam_jax.errors import UserError
 
-_MODULES = (refer, label_maps, objects365, parts, own_data)
+_MODULES = (
+    refer,
+    refcoco_parquet,
+    refcoco_tfds,
+    label_maps,
+    objects365,
+    parts,
+    own_data,
+)
 
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset for module in _MODULES for dataset in module.DATASETS
