@@ -6,6 +6,8 @@
 DATA_DIR holds `train.jsonl` and `val.jsonl` (data_pipelines/own_data.py says what is in them). As
 in the original's recipe, the encoder, the projector and the mask decoder are trained, and the image
 encoder is not. `form=own_coco` reads COCO files with phrases instead.
+
+Not run on a released model yet: the learning rate, a fifth of the paper's, is a cautious guess.
 """
 
 from ml_collections import ConfigDict
@@ -63,6 +65,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
     # Evaluation
     config.evaluation = dict(
-        split="val", images=256, batch_size=arguments["batch_size"], every=100, panel_images=4
+        images=256, batch_size=arguments["batch_size"], every=100, panel_images=4
     )
     return config

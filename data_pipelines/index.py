@@ -94,8 +94,20 @@ class Index:
     """
 
     def __init__(self, directory: str | os.PathLike):
+        """Raises UserError if it is damaged, or of another version."""
         self.directory = Path(directory)
+        try:
+            self._map()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.directory}: expected an index of version {FORMAT_VERSION}, found another "
+                f"or a damaged one ({error}); remove it, and it is built again"
+            ) from error
+
+    def _map(self) -> None:
         self.meta: dict[str, Any] = json.loads((self.directory / "meta.json").read_text("utf-8"))
+        if self.meta["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version {self.meta['format_version']}")
         self.sizes = self._array("sizes")
         self.phrase_begin = self._array("phrase_begin")
         self.phrase_target = self._array("phrase_target")

@@ -109,6 +109,8 @@ def main() -> None:
 
 def _run(options: argparse.Namespace) -> None:
     dataset = find_dataset(options.name)
+    if options.images < 1:
+        raise UserError(f"--images: expected 1 or more, found {options.images}")
     splits = options.split or dataset.splits
     for split in splits:
         print(inspect(dataset, options.root, split))

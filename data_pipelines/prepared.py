@@ -228,10 +228,7 @@ def open_prepared(
         path = epath.Path(directory) / INDEX
         raise UserError(f"{path}: expected an index, found nothing there; {_AGAIN}")
     local = _cached(directory, manifest, cache) if is_remote(directory) else Path(directory)
-    try:
-        index = Index(local / INDEX)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{local / INDEX}: expected an index, found {error}; {_AGAIN}") from error
+    index = Index(local / INDEX)
     records = sum(shard.records for shard in manifest.shards)
     if len(index) != records:
         raise UserError(f"{local}: expected {len(index)} records, found {records}; {_AGAIN}")

@@ -30,7 +30,12 @@ from data_pipelines.coco_json import PresentFiles, missing_image
 from data_pipelines.dataset import Dataset
 from data_pipelines.image_input import decode_image
 from data_pipelines.index import AnnotatedImage, Problem, Target
-from data_pipelines.segmentations import SegmentationError, encode_segmentation
+from data_pipelines.refer import PUBLISHED
+from data_pipelines.segmentations import (
+    SegmentationError,
+    encode_drawable_parts,
+    encode_segmentation,
+)
 from evf_sam_jax.errors import UserError
 
 IMAGE_FOLDERS = ("train2014", "coco/train2014", "train2017", "coco/train2017")
@@ -187,12 +192,10 @@ def _load_annotations(folder: str, root: Path, split: str) -> Iterator[Annotated
             continue
         targets = []
         for where, row in by_image[image_id]:
-            parts: tuple[bytes, ...] = ()
-            try:
-                found = _json_object(row, "raw_anns", where).get("segmentation")
-                parts = encode_segmentation(found, height, width)
-            except SegmentationError as error:  # an empty mask, as from the publishers' files
-                yield Problem(where, str(error))
+            found = _json_object(row, "raw_anns", where).get("segmentation")
+            # What cannot be drawn is left out, as of the publishers' files.
+            parts, wrong = encode_drawable_parts(found, height, width)
+            yield from (Problem(where, what) for what in wrong)
             targets.append(Target(str(row["ref_id"]), _sentences(row, where), parts))
         yield AnnotatedImage(f"coco/{image_id}", file, height, width, tuple(targets))
 
@@ -358,18 +361,16 @@ def _targets(counts: Mapping[str, int]) -> dict[str, dict[str, int]]:
     return {split: {"targets": count} for split, count in counts.items()}
 
 
-def _annotation_dataset(
-    name: str, folder: str, splits: tuple[str, ...], published: Mapping[str, int]
-) -> Dataset:
+def _annotation_dataset(name: str, folder: str, splits: tuple[str, ...]) -> Dataset:
     return Dataset(
-        name,
+        f"{name}_parquet",
         splits,
         f"  {folder}/data/*.parquet, as in jxu124/{folder} on the Hugging Face Hub\n"
         f"  {' or '.join(IMAGE_FOLDERS)}/\n"
         "    COCO_train2014_<12 digits>.jpg, or <12 digits>.jpg, in any of the folders",
         inputs=functools.partial(_annotation_inputs, folder),
         load=functools.partial(_load_annotations, folder),
-        published=_targets(published),
+        published=PUBLISHED[name],
     )
 
 
@@ -406,19 +407,9 @@ def _lmms(
 _TEST_AB = ("train", "val", "testA", "testB")
 
 DATASETS = (
-    _annotation_dataset(
-        "refcoco_parquet",
-        "refcoco",
-        _TEST_AB,
-        {"train": 42_404, "val": 3_811, "testA": 1_975, "testB": 1_810},
-    ),
-    _annotation_dataset("refcoco+_parquet", "refcocoplus", _TEST_AB, {}),
-    _annotation_dataset(
-        "refcocog_parquet",
-        "refcocog",
-        ("train", "val", "test"),
-        {"train": 42_226, "val": 2_573, "test": 5_023},
-    ),
+    _annotation_dataset("refcoco", "refcoco", _TEST_AB),
+    _annotation_dataset("refcoco+", "refcocoplus", _TEST_AB),
+    _annotation_dataset("refcocog", "refcocog", ("train", "val", "test")),
     _image_dataset(
         "refcoco_m",
         "moondream/refcoco-m",

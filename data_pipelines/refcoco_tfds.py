@@ -22,6 +22,7 @@ import numpy as np
 from data_pipelines.dataset import Dataset
 from data_pipelines.image_input import decode_image
 from data_pipelines.index import AnnotatedImage, Problem, Target
+from data_pipelines.refer import PUBLISHED
 from data_pipelines.segmentations import encode_mask
 from evf_sam_jax.errors import UserError
 
@@ -158,6 +159,7 @@ def _dataset(name: str, config: str, splits: tuple[str, ...]) -> Dataset:
         "  (what `tfds build ref_coco --file_format=array_record` writes)",
         inputs=functools.partial(_inputs, config),
         load=functools.partial(_load, config),
+        published=PUBLISHED[name.removeprefix("tfds_")],
         image_store=functools.partial(_image_store, config),
     )
 

@@ -3,10 +3,10 @@
 Reference: hustvl/EVF-SAM at 9935dc5, utils/refer.py, utils/grefer.py and
 utils/refer_seg_dataset.py:140-215.
 
-Differences: pickles run no code; a segmentation that is empty, ill-formed or covers no pixel is
-reported, and its object has an empty mask, as the original gives empty ones; a ref of several
-objects (gRefCOCO) is their union; images may also have the names of train2017; a split that the
-file does not hold is an error.
+Differences: pickles run no code; a segmentation that is empty or covers no pixel is reported, and
+its object has an empty mask, as in the original; so is an ill-formed part of one, which is left
+out; a ref of several objects (gRefCOCO) is their union; images may also have the names of
+train2017; a split that the file does not hold is an error.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from data_pipelines.coco_json import (
 from data_pipelines.dataset import Dataset
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.restricted_pickle import load_plain_pickle
-from data_pipelines.segmentations import SegmentationError, encode_segmentation
+from data_pipelines.segmentations import encode_drawable_parts
 from evf_sam_jax.errors import UserError
 
 COCO_IMAGES = (
@@ -136,11 +136,13 @@ def _target(
             )
         annotation = annotations[ann_id]
         names.append(coco.category(annotation))
-        try:
-            found = annotation.get("segmentation")
-            parts += encode_segmentation(found, image.height, image.width)
-        except SegmentationError as error:
-            problems.append(Problem(coco.where(annotation), str(error)))
+        if annotation["image_id"] != image.coco_id:
+            found = f"one of image {annotation['image_id']}"
+            problems.append(Problem(where, f"expected an annotation of its image, found {found}"))
+        found = annotation.get("segmentation")
+        drawn, wrong = encode_drawable_parts(found, image.height, image.width)
+        parts += drawn
+        problems += [Problem(coco.where(annotation), what) for what in wrong]
     category = "+".join(sorted(set(names)))
     phrases = tuple(sentence["sent"] for sentence in ref["sentences"])
     return Target(str(ref["ref_id"]), phrases, tuple(parts), category), problems
@@ -180,9 +182,35 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: expected json, found {error}") from error
 
 
-def _dataset(
-    form: _Form, splits: tuple[str, ...], published: Mapping[str, int] | None = None
-) -> Dataset:
+# Refs and images of each split, as tensorflow_datasets 4.9.10 lists them
+# (datasets/ref_coco/README.md). Of RefCLEF and gRefCOCO no counts are at hand.
+PUBLISHED = {
+    name: {split: {"targets": refs, "images": images} for split, refs, images in splits}
+    for name, splits in {
+        "refcoco": (
+            ("train", 42_404, 16_994),
+            ("val", 3_811, 1_500),
+            ("testA", 1_975, 750),
+            ("testB", 1_810, 750),
+        ),
+        "refcoco_google": (
+            ("train", 40_000, 19_213),
+            ("val", 5_000, 4_559),
+            ("test", 5_000, 4_527),
+        ),
+        "refcoco+": (
+            ("train", 42_278, 16_992),
+            ("val", 3_805, 1_500),
+            ("testA", 1_975, 750),
+            ("testB", 1_798, 750),
+        ),
+        "refcocog": (("train", 42_226, 21_899), ("val", 2_573, 1_300), ("test", 5_023, 2_600)),
+        "refcocog_google": (("train", 44_822, 24_698), ("val", 5_000, 4_650)),
+    }.items()
+}
+
+
+def _dataset(form: _Form, splits: tuple[str, ...]) -> Dataset:
     refs = " or ".join(form.refs)
     folders = " or ".join(form.image_folders)
     names = "<image>.jpg"
@@ -197,7 +225,7 @@ def _dataset(
         f"    {names}",
         inputs=form.inputs,
         load=functools.partial(_load, form),
-        published={split: {"targets": count} for split, count in (published or {}).items()},
+        published=PUBLISHED.get(form.name, {}),
     )
 
 
@@ -205,11 +233,7 @@ _TEST_AB = ("train", "val", "testA", "testB")
 _TEST = ("train", "val", "test")
 
 DATASETS = (
-    _dataset(
-        _Form("refcoco", "refcoco", ("refs(unc).p",)),
-        _TEST_AB,
-        {"train": 42_404, "val": 3_811, "testA": 1_975, "testB": 1_810},
-    ),
+    _dataset(_Form("refcoco", "refcoco", ("refs(unc).p",)), _TEST_AB),
     _dataset(_Form("refcoco_google", "refcoco", ("refs(google).p",)), _TEST),
     _dataset(_Form("refcoco+", "refcoco+", ("refs(unc).p",)), _TEST_AB),
     _dataset(_Form("refcocog", "refcocog", ("refs(umd).p",)), _TEST),

@@ -46,24 +46,39 @@ def encode_segmentation(segmentation: Any, height: int, width: int) -> tuple[byt
     Raises:
       SegmentationError: it is empty, ill-formed, of another size, or covers no pixel.
     """
+    parts, wrong = encode_drawable_parts(segmentation, height, width)
+    if wrong:
+        raise SegmentationError(wrong[0])
+    return parts
+
+
+def encode_drawable_parts(
+    segmentation: Any, height: int, width: int
+) -> tuple[tuple[bytes, ...], list[str]]:
+    """As `encode_segmentation`, but parts that are ill-formed are left out.
+
+    Returns:
+      The other parts, and what is wrong with the segmentation: "expected ..., found ...".
+    """
     shapes = [segmentation] if isinstance(segmentation, Mapping) else segmentation
     if not isinstance(shapes, Sequence) or isinstance(shapes, str | bytes):
-        raise SegmentationError(
-            f"expected polygons or run lengths, found {type(segmentation).__name__}"
-        )
+        return (), [f"expected polygons or run lengths, found {type(segmentation).__name__}"]
     if not shapes:
-        raise SegmentationError("expected polygons or run lengths, found an empty segmentation")
+        return (), ["expected polygons or run lengths, found an empty segmentation"]
     if isinstance(shapes[0], int | float):  # one polygon, without the list around it
         shapes = [shapes]
-    parts = tuple(
-        _encode_run_lengths(shape, height, width)
-        if isinstance(shape, Mapping)
-        else _encode_polygon(shape, height, width)
-        for shape in shapes
-    )
-    if not any(coco.area(_rle(part, height, width)) for part in parts):
-        raise SegmentationError(f"it covers no pixel of its image of {width} x {height}")
-    return parts
+    parts, wrong = [], []
+    for shape in shapes:
+        try:
+            if isinstance(shape, Mapping):
+                parts.append(_encode_run_lengths(shape, height, width))
+            else:
+                parts.append(_encode_polygon(shape, height, width))
+        except SegmentationError as error:
+            wrong.append(str(error))
+    if not wrong and not any(coco.area(_rle(part, height, width)) for part in parts):
+        return (), [f"it covers no pixel of its image of {width} x {height}"]
+    return tuple(parts), wrong
 
 
 def encode_mask(mask: Bool[np.ndarray, "h w"]) -> bytes:

@@ -81,6 +81,16 @@ class ReadingRules:
             raise UserError(f"overlap: expected {expected}, found {self.overlap!r}")
         if self.text not in TEXT_CASES:
             raise UserError(f"text: expected {' or '.join(TEXT_CASES)}, found {self.text!r}")
+        if not isinstance(self.prefix, str):
+            raise UserError(f"prefix: expected a string, found {self.prefix!r}")
+        if not isinstance(self.ignore_unlabelled, bool):
+            raise UserError(
+                f"ignore_unlabelled: expected true or false, found {self.ignore_unlabelled!r}"
+            )
+        if not isinstance(self.without_categories, tuple):
+            raise UserError(
+                f"without_categories: expected a list, found {self.without_categories!r}"
+            )
 
 
 @runtime_checkable

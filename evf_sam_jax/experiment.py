@@ -1,7 +1,7 @@
 """One experiment: its values as frozen dataclasses, read and checked from a config file's dict."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines.shapes import ShapesConfig
@@ -45,8 +45,7 @@ class ShapesDataConfig:
                 f"data.canvas: expected at least {largest} x {largest}, the largest image, found "
                 f"{self.canvas[0]} x {self.canvas[1]}"
             )
-        if not (isinstance(self.workers, int) and self.workers >= 0):
-            raise UserError(f"data.workers: expected 0 or more, found {self.workers!r}")
+        _check_not_negative("data.workers", self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +66,12 @@ class DatasetConfig:
     rules: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        for key in ("name", "root", "split"):
+            value = getattr(self, key)
+            if not (isinstance(value, str) and value):
+                raise UserError(f"data: expected {key} as a string, found {value!r}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+            raise UserError(f"data: expected weight as a number, found {self.weight!r}")
         known = [field.name for field in dataclasses.fields(ReadingRules)]
         for rule, _ in self.rules:
             if rule not in known:
@@ -100,6 +105,18 @@ class DatasetsConfig:
 
     def __post_init__(self) -> None:
         _check_positive("data.phrases", self.phrases)
+        for key in ("workers", "max_skipped"):
+            _check_not_negative(f"data.{key}", getattr(self, key))
+        for key in ("text_lengths", "canvases"):
+            if not (isinstance(getattr(self, key), tuple) and getattr(self, key)):
+                raise UserError(f"data.{key}: expected a list, found {getattr(self, key)!r}")
+        for length in self.text_lengths:
+            _check_positive("data.text_lengths", length)
+        for canvas in self.canvases:
+            if not (isinstance(canvas, tuple) and len(canvas) == 2):
+                raise UserError(f"data.canvases: expected heights and widths, found {canvas!r}")
+            for side in canvas:
+                _check_positive("data.canvases", side)
         for key in ("train", "held_out"):
             if not getattr(self, key):
                 raise UserError(f"data.{key}: expected at least one data set, found none")
@@ -232,7 +249,9 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     """
     values = dict(values)
     order = list(values.pop("stage_order", values.get("stages", ())))
-    if values.get("init_model") and "model" not in values:
+    if values.get("init_model"):
+        if "model" in values:
+            raise UserError("config: expected model or init_model, which has its own, found both")
         values["model"] = read_manifest(values["init_model"]).config
     values = _checked(ExperimentConfig, values, "config")
     if sorted(order) != sorted(values["stages"]):
@@ -263,14 +282,24 @@ def _data_from_dict(values: Mapping[str, Any]) -> ShapesDataConfig | DatasetsCon
     data = _checked(DatasetsConfig, values, "config.data")
     for key in ("train", "held_out", "exclude_images_of"):
         data[key] = tuple(
-            _build(DatasetConfig, {**entry, "rules": _items(entry)}, f"config.data.{key}")
-            for entry in data.get(key, ())
+            _build(DatasetConfig, _with_rules(entry, f"config.data.{key}"), f"config.data.{key}")
+            for entry in _list(data.get(key, ()), f"config.data.{key}")
         )
     return _build(DatasetsConfig, data, "config.data")
 
 
-def _items(entry: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(dict(entry.get("rules", {})).items())
+def _with_rules(entry: Any, where: str) -> dict[str, Any]:
+    """An entry with its rules as pairs. Raises UserError if one or the other has no keys."""
+    for part in (entry, entry.get("rules", {}) if isinstance(entry, Mapping) else {}):
+        if not isinstance(part, Mapping):
+            raise UserError(f"{where}: expected keys with values, found {part!r}")
+    return {**entry, "rules": tuple(entry.get("rules", {}).items())}
+
+
+def _list(values: Any, where: str) -> Sequence[Any]:
+    if not isinstance(values, list | tuple):
+        raise UserError(f"{where}: expected a list of data sets, found {values!r}")
+    return values
 
 
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -302,3 +331,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_positive(key: str, value: int) -> None:
     if not (isinstance(value, int) and value > 0):
         raise UserError(f"{key}: expected a positive number, found {value!r}")
+
+
+def _check_not_negative(key: str, value: int) -> None:
+    if not (isinstance(value, int) and value >= 0):
+        raise UserError(f"{key}: expected 0 or more, found {value!r}")

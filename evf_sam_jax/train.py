@@ -6,7 +6,6 @@ images with targets and predictions) and at the end `model/`, which `predict` an
 """
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
 from data_pipelines.eval_pipeline import eval_dataset, eval_rows
 from data_pipelines.shapes import SHAPES_TOKENIZER
-from data_pipelines.source import Source
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate, train_dataset
 from evf_sam_jax.errors import UserError
@@ -66,14 +64,14 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums:
         log.line(parameter_overview.get_parameter_overview(params, include_stats=False))
         for stage in config.stages:
             params, sums = run_stage(config, stage, data, params, tokenizer, log)
-        predictor = Predictor(config.model, params, tokenizer)
-        shown = min(config.evaluation.panel_images, len(data.held_out))
-        picture = prediction_panel(predictor, map(_for_panel, _readable(data.held_out, shown)))
-        Image.fromarray(picture).save(workdir / "panel.png")
-        log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
         manifest = Manifest(variant="evf-sam", config=config.model.to_dict())
         write_model_dir(workdir / "model", params, manifest, _tokenizer_dir(config))
         log.line(f"model directory: {workdir / 'model'}")
+        examples = list(_shown(data, tokenizer, config.evaluation.panel_images))
+        if examples:
+            picture = prediction_panel(Predictor(config.model, params, tokenizer), examples)
+            Image.fromarray(picture).save(workdir / "panel.png")
+            log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
     return sums
 
 
@@ -210,16 +208,16 @@ def _tokenizer_dir(config: ExperimentConfig) -> Path:
     return Path(config.init_model) / "tokenizer" if config.init_model else SHAPES_TOKENIZER
 
 
-def _readable(source: Source, count: int) -> Iterator[Example]:
-    """The first examples that can be read, at most `count`."""
-    for index in range(count):
+def _shown(data: TrainingData, tokenizer: Tokenizer, count: int) -> Iterator[Example]:
+    """Of the first `count` held-out examples those that can be read, with their first phrases."""
+    source = data.held_out
+    for index in range(min(count, len(source))):
+        chosen = range(min(PANEL_PHRASES, source.phrase_count(index)))
         with contextlib.suppress(UserError):  # it is named in skipped.jsonl
-            yield source[index]
-
-
-def _for_panel(example: Example) -> Example:
-    phrases = example.phrases[:PANEL_PHRASES]
-    return dataclasses.replace(example, phrases=phrases, masks=example.masks[:PANEL_PHRASES])
+            example = source.read(index, chosen)
+            for phrase in example.phrases:
+                tokenizer.encode(phrase)
+            yield example
 
 
 def _train_batches(

@@ -68,13 +68,13 @@ def open_data(config: ExperimentConfig) -> TrainingData:
         held_out = ShapesSource(config.evaluation.split, data.shapes, images)
         buckets = Buckets((data.text_length,), (data.canvas,))
         return TrainingData(Mixture((train,), (1.0,)), held_out, data.shapes.phrases, buckets)
-    sources = [open_source(entry) for entry in data.train]
     for entry in data.train:
         if find_dataset(entry.name).evaluation_only:
             raise UserError(
                 f"data.train: expected data to train on, found {entry.name}, which "
                 "is for evaluation only"
             )
+    sources = [open_source(entry) for entry in data.train]
     held_out = [open_source(entry) for entry in data.held_out]
     if data.exclude_images_of:
         indices = [open_source(entry).index for entry in data.exclude_images_of]

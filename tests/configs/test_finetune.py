@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from evf_sam_jax.training_data import open_source
 from tests.data_pipelines.astronaut import OBJECTS, write_astronaut
 from tests.evf_sam_jax.tiny_experiment import MODEL
 
+ROOT = Path(__file__).parents[2]
 PHRASES = sum(len(phrases) for phrases, _ in OBJECTS.values())
 
 # With room for phrases that are spelt out letter by letter, for want of words.
@@ -114,6 +117,86 @@ def test_a_mixture_that_cannot_be(directories, tmp_path: Path, change: dict, mes
     values = config_of(directories).to_dict()
     values["data"] = {**values["data"], **change}
     with pytest.raises(UserError, match=message):
+        train(experiment_from_dict(values), tmp_path / "run")
+
+
+def test_held_out_images_that_cannot_be_read_do_not_cost_the_model(directories, tmp_path: Path):
+    model, data = directories
+    photograph = (data / "astronaut.png").read_bytes()
+    (data / "broken.png").write_bytes(photograph[:4000])
+    lines = (data / "val.jsonl").read_text()
+    (data / "val.jsonl").write_text(lines.replace("astronaut.png", "broken.png"))
+    config = config_of(directories)
+    config.stages.finetune.steps = 1
+    sums = train(experiment_from_dict(config.to_dict()), tmp_path / "run")
+    assert sums.masks == 0
+    assert (tmp_path / "run" / "model" / "manifest.json").exists()
+    assert not (tmp_path / "run" / "panel.png").exists()
+    assert "broken.png" in (tmp_path / "run" / "skipped.jsonl").read_text()
+
+
+# Without the type checks of the tests, which would speak before the configuration does.
+REFUSALS = """
+import json, sys
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import experiment_from_dict
+from evf_sam_jax.training_data import open_source
+values = json.loads(sys.argv[1])
+for change in json.loads(sys.argv[2]):
+    try:
+        config = experiment_from_dict({**values, "data": {**values["data"], **change}})
+        open_source(config.data.train[0])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_values_of_wrong_types_are_refused(directories):
+    own = {"name": "own_jsonl", "root": str(directories[1])}
+    cases = [
+        ({"train": "own_jsonl"}, "config.data.train: expected a list of data sets, found 'own_"),
+        ({"train": ["own_jsonl"]}, "config.data.train: expected keys with values, found 'own_j"),
+        ({"train": [{**own, "root": 3}]}, "data: expected root as a string, found 3"),
+        ({"train": [{**own, "weight": "much"}]}, "data: expected weight as a number, found 'mu"),
+        ({"train": [{**own, "rules": "sum"}]}, "config.data.train: expected keys with values, f"),
+        ({"train": [{**own, "rules": {"prefix": 3}}]}, "prefix: expected a string, found 3"),
+        ({"train": [{**own, "rules": {"overlap": "max"}}]}, "overlap: expected union or sum, fo"),
+        (
+            {"train": [{**own, "rules": {"without_categories": "hair"}}]},
+            "without_categories: expected a list, found 'hair'",
+        ),
+        ({"text_lengths": 16}, "data.text_lengths: expected a list, found 16"),
+        ({"text_lengths": [0]}, "data.text_lengths: expected a positive number, found 0"),
+        ({"canvases": [640]}, "data.canvases: expected heights and widths, found 640"),
+        ({"max_skipped": -1}, "data.max_skipped: expected 0 or more, found -1"),
+        ({"workers": "two"}, "data.workers: expected 0 or more, found 'two'"),
+    ]
+    values = json.dumps(config_of(directories).to_dict())
+    changes = json.dumps([change for change, _ in cases])
+    command = [sys.executable, "-c", REFUSALS, values, changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    sentences = done.stdout.splitlines()
+    assert len(sentences) == len(cases), done.stdout
+    for sentence, (_, beginning) in zip(sentences, cases, strict=True):
+        assert sentence.startswith(beginning)
+
+
+def test_a_model_comes_from_one_place(directories):
+    values = {**config_of(directories).to_dict(), "model": {}}
+    with pytest.raises(UserError, match="expected model or init_model, .* found both"):
+        experiment_from_dict(values)
+
+
+def test_a_model_directory_that_is_not_there(directories, tmp_path: Path):
+    config = config_of((tmp_path / "nowhere", directories[1]))
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        experiment_from_dict(config.to_dict())
+
+
+def test_what_is_for_evaluation_only_is_not_trained_on(directories, tmp_path: Path):
+    values = config_of(directories).to_dict()
+    values["data"]["train"] = [{"name": "refcoco_m", "root": str(tmp_path), "split": "val"}]
+    with pytest.raises(UserError, match="expected data to train on, found refcoco_m"):
         train(experiment_from_dict(values), tmp_path / "run")
 
 

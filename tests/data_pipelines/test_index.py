@@ -13,6 +13,7 @@ import pytest
 from data_pipelines.index import (
     INDEX_FOLDER,
     AnnotatedImage,
+    Index,
     Problem,
     Target,
     open_index,
@@ -130,3 +131,20 @@ def test_meta_is_plain_json(tmp_path: Path):
     write_index(tmp_path / "index", [ONE], META)
     meta = json.loads((tmp_path / "index" / "meta.json").read_text())
     assert meta["name"] == "tiny" and meta["images"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no json", "another version"])
+def test_a_damaged_index_says_what_to_do(tmp_path: Path, damage: str):
+    directory = tmp_path / "index"
+    write_index(directory, [ONE], META)
+    meta, column = directory / "meta.json", directory / "sizes.npy"
+    if damage == "truncated":
+        column.write_bytes(column.read_bytes()[:40])
+    elif damage == "missing":
+        column.unlink()
+    elif damage == "no json":
+        meta.write_text("{")
+    else:
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "format_version": 0}))
+    with pytest.raises(UserError, match="index: expected an index of version 1, .* remove it"):
+        Index(directory)

@@ -70,6 +70,9 @@ def test_mistakes_are_one_sentence(tmp_path: Path):
     done = run("nothing", "--root", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.startswith("error: data set 'nothing': expected one of refcoco,")
+    done = run("refcoco", "--root", str(tmp_path), "--images", "0")
+    assert done.returncode == 2
+    assert done.stderr == "error: --images: expected 1 or more, found 0\n"
     done = run("refcoco", "--root", str(tmp_path / "nowhere"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "instances.json" in done.stderr

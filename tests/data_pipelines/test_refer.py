@@ -1,5 +1,6 @@
 """RefCOCO's family is read from files in the official layout, pickles of Python 2 and all."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -52,6 +53,24 @@ def test_evaluation_reads_phrases_in_lower_case(tmp_path: Path):
     refs = [ref(1, 101, 1, "val", " Left Triangle ")]
     source = find_dataset("refcoco").source(write_root(tmp_path, refs), "val")
     assert source[0].phrases == ("left triangle",)
+
+
+def test_polygons_that_can_be_drawn_are_kept_beside_one_that_cannot(tmp_path: Path):
+    root = write_root(tmp_path)
+    file = root / "refer_seg/refcoco/instances.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = [TRIANGLE, [0, 0, 5, 5]]
+    file.write_text(json.dumps(content))
+    source = find_dataset("refcoco").source(root, "train")
+    np.testing.assert_array_equal(source[0].masks[0], pixels(TRIANGLE))
+    assert any("annotation 101" in problem.where for problem in source.index.problems())
+
+
+def test_a_ref_to_an_object_of_another_image_is_reported(tmp_path: Path):
+    root = write_root(tmp_path, [ref(1, 103, 1, "train", "the square")])
+    (problem,) = find_dataset("refcoco").index(root, "train").problems()
+    assert "ref 1" in problem.where
+    assert problem.what == "expected an annotation of its image, found one of image 2"
 
 
 def test_a_mask_that_is_empty_or_no_polygon_is_reported_and_empty(tmp_path: Path):

@@ -9,6 +9,7 @@ from data_pipelines.segmentations import (
     area,
     decode_parts,
     encode_box,
+    encode_drawable_parts,
     encode_mask,
     encode_segmentation,
 )
@@ -77,6 +78,14 @@ def test_parts_of_a_polygon_outside_the_image_are_cut_off():
 def test_no_parts_are_an_empty_mask():
     mask = decode_parts((), 3, 4)
     assert mask.shape == (3, 4) and mask.dtype == np.uint8 and not mask.any()
+
+
+def test_parts_that_can_be_drawn_are_kept_and_the_others_named():
+    parts, wrong = encode_drawable_parts([[0, 0, 5, 5], TRIANGLE, [1, 2, 3]], H, W)
+    np.testing.assert_array_equal(decode_parts(parts, H, W), polygon_pixels(TRIANGLE))
+    assert len(wrong) == 2 and "at least 3 points, found 2" in wrong[0]
+    with pytest.raises(SegmentationError, match="at least 3 points, found 2"):
+        encode_segmentation([TRIANGLE, [0, 0, 5, 5]], H, W)
 
 
 def test_a_box_is_filled():
