@@ -4,11 +4,12 @@
 
 Draws a data set of photograph-sized JPEGs with polygons, then times, by turns in one process: a
 loop that decodes, makes both resizes and the masks; and the pipeline with its index, sampling,
-tokenizer and batches. Then the pipeline with one and with two worker processes and a consumer that
-does nothing. Then how long the first batch of a large index takes, and how large the index is.
+tokenizer, buckets and batches. Then the same from prepared and from loose files; with one and with
+two worker processes and a consumer that does nothing; and the first batch of a large index.
 """
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,60 +21,86 @@ from PIL import Image
 from benchmarks import environment
 from benchmarks.alternation import print_comparison
 from data_pipelines.assemble import BatchSpec
+from data_pipelines.buckets import Buckets
+from data_pipelines.dataset import Dataset
 from data_pipelines.image_input import encoder_input, read_image, sam_input
-from data_pipelines.index import AnnotatedImage, Target, write_index
+from data_pipelines.index import AnnotatedImage, Target
 from data_pipelines.mixture import Mixture
+from data_pipelines.prepare import prepare
+from data_pipelines.prepared import open_prepared
 from data_pipelines.segmentations import decode_parts, encode_segmentation
 from data_pipelines.shapes import SHAPES_TOKENIZER
-from data_pipelines.source import IndexedSource, LooseFiles
+from data_pipelines.source import IndexedSource
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.train_pipeline import iterate, train_dataset
 
 HEIGHT, WIDTH = 480, 640
 SPEC = BatchSpec(batch_size=8, phrases=3, text_length=32)
+BUCKETS = Buckets((16, 32), ((640, 640),))
 
 
-def annotated(i: int, files: int) -> AnnotatedImage:
-    """Three targets of some twenty points each, on one of the files."""
-    rng = np.random.default_rng(i)
-    targets = []
-    for t in range(3):
-        angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-        radius = rng.uniform(40, 110, 20)
-        x = np.clip(rng.uniform(150, 490) + radius * np.cos(angle), 0, WIDTH)
-        y = np.clip(rng.uniform(120, 360) + radius * np.sin(angle), 0, HEIGHT)
-        polygon = np.stack([x, y], axis=1).ravel().tolist()
-        parts = encode_segmentation([polygon], HEIGHT, WIDTH)
-        targets.append(Target(f"{i}-{t}", ("the red circle", "the strip on the left"), parts))
-    return AnnotatedImage(f"{i}", f"{i % files}.jpg", HEIGHT, WIDTH, tuple(targets))
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Loads `images` annotated images, each with three targets, over as few as `files` files."""
+
+    images: int
+    files: int
+
+    def annotated(self, i: int) -> AnnotatedImage:
+        """Three polygons of twenty points, with two phrases each."""
+        rng = np.random.default_rng(i)
+        targets = []
+        for t in range(3):
+            angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+            radius = rng.uniform(40, 110, 20)
+            x = np.clip(rng.uniform(150, 490) + radius * np.cos(angle), 0, WIDTH)
+            y = np.clip(rng.uniform(120, 360) + radius * np.sin(angle), 0, HEIGHT)
+            polygon = np.stack([x, y], axis=1).ravel().tolist()
+            parts = encode_segmentation([polygon], HEIGHT, WIDTH)
+            targets.append(Target(f"{i}-{t}", ("the red circle", "the strip on the left"), parts))
+        file = f"images/{i % self.files}.jpg"
+        return AnnotatedImage(f"{i}", file, HEIGHT, WIDTH, tuple(targets))
+
+    def load(self, root: Path, split: str) -> Iterator[AnnotatedImage]:
+        return map(self.annotated, range(self.images))
+
+    def inputs(self, root: Path, split: str) -> tuple[Path, ...]:
+        return (root / "images",)
+
+    def dataset(self) -> Dataset:
+        """As a data set."""
+        name = f"drawn_{self.images}"
+        return Dataset(name, ("train",), "  images/", inputs=self.inputs, load=self.load)
 
 
 def write_images(root: Path, files: int) -> None:
     """JPEGs as large as photographs of COCO, smooth with some noise."""
+    (root / "images").mkdir()
     for i in range(files):
         rng = np.random.default_rng(i)
         coarse = rng.integers(0, 256, (30, 40, 3), np.uint8)
         smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         noise = rng.integers(-12, 13, (HEIGHT, WIDTH, 3))
         pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(root / f"{i}.jpg", quality=90)
+        Image.fromarray(pixels).save(root / f"images/{i}.jpg", quality=90)
 
 
 def bare_loop(source: IndexedSource, root: Path, samples: int) -> None:
-    """Decodes, makes both resizes and three masks, and keeps nothing."""
+    """Decodes, makes both resizes and the masks of three targets, and keeps nothing."""
+    index = source.index
     for i in range(samples):
-        index = source.index
-        image = read_image(root / index.file(i % len(source)))
+        row = i % len(source)
+        image = read_image(root / index.file(row))
         sam_input(image)
         encoder_input(image)
-        for target in range(3):
-            decode_parts(index.parts(3 * (i % len(source)) + target), HEIGHT, WIDTH)
+        for target in range(3 * row, 3 * row + 3):
+            decode_parts(index.parts(target), HEIGHT, WIDTH)
 
 
 def batches(source: IndexedSource, samples: int):
     mixture, tokenizer = Mixture((source,), (1.0,)), load_tokenizer(SHAPES_TOKENIZER)
     steps = samples // SPEC.batch_size
-    return train_dataset(mixture, tokenizer, SPEC, seed=0, steps=steps)
+    return train_dataset(mixture, tokenizer, SPEC, seed=0, steps=steps, buckets=BUCKETS)
 
 
 def consume(source: IndexedSource, samples: int, workers: int) -> float:
@@ -86,48 +113,68 @@ def consume(source: IndexedSource, samples: int, workers: int) -> float:
         return count * SPEC.batch_size / (time.perf_counter() - start)
 
 
-def large_index(images: int) -> Iterator[AnnotatedImage]:
-    template = annotated(0, 1)
-    for i in range(images):
-        targets = tuple(Target(f"{i}-{t.target_id}", t.phrases, t.parts) for t in template.targets)
-        yield AnnotatedImage(f"{i}", template.file, HEIGHT, WIDTH, targets)
+def consume_all(source: IndexedSource, samples: int) -> None:
+    """Makes the batches in this process."""
+    dataset = batches(source, samples)
+    for step in range(len(dataset)):
+        _ = dataset[step]
+
+
+def first_batch(root: Path, images: int) -> None:
+    """Opens a large index that is there already, and makes one batch."""
+    dataset = Drawn(images, 1).dataset()
+    dataset.index(root, "train")
+    before, start = _own_memory(), time.perf_counter()
+    source = dataset.source(root, "train")
+    _ = batches(source, SPEC.batch_size)[0]
+    seconds, grown = time.perf_counter() - start, _own_memory() - before
+    on_disk = sum(file.stat().st_size for file in source.index.directory.iterdir()) / 2**20
+    print(
+        f"\n{images:,} images: first batch after {seconds:.2f} s; memory of the process grew by "
+        f"{grown:.0f} MiB, the index has {on_disk:.0f} MiB on disk, mapped"
+    )
+
+
+def _own_memory() -> float:
+    """MiB of this process that no file stands for (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    print(environment.describe("grain", "pillow", "pycocotools", "array-record"))
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+        root, out = Path(folder) / "loose", Path(folder) / "prepared"
+        root.mkdir()
         write_images(root, options.files)
-        items = [annotated(i, options.files) for i in range(options.files)]
-        index = write_index(root / "index", items, {"name": "benchmark", "split": "train"})
-        source = IndexedSource(index, LooseFiles(root))
-        dataset = batches(source, options.samples)
-        runs = {
-            "pipeline": lambda: [dataset[i] for i in range(len(dataset))],
-            "bare loop": lambda: bare_loop(source, root, options.samples),
-        }
-        print_comparison(f"{options.samples} images in one process", runs, options.repeats)
-
-        print("\n| workers | images/s |\n|---|---|")
-        for _ in range(options.repeats):
-            for workers in (1, 2):
-                print(f"| {workers} | {consume(source, 3 * options.samples, workers):.1f} |")
-
-        write_index(root / "large", large_index(60_000), {"name": "large", "split": "train"})
-        start = time.perf_counter()
-        large = IndexedSource(type(index)(root / "large"), LooseFiles(root))
-        _ = batches(large, SPEC.batch_size)[0]
-        seconds = time.perf_counter() - start
-        on_disk = sum(file.stat().st_size for file in (root / "large").iterdir()) / 2**20
-        print(
-            f"\n60,000 images: first batch after {seconds:.2f} s, from an index of "
-            f"{on_disk:.0f} MiB on disk, mapped into memory"
+        dataset = Drawn(options.files, options.files).dataset()
+        source = dataset.source(root, "train")
+        prepare(dataset, root, out, "train")
+        prepared = open_prepared(out / dataset.name / "train")
+        samples = options.samples
+        pairs = (
+            {
+                "pipeline": lambda: consume_all(source, samples),
+                "bare loop": lambda: bare_loop(source, root, samples),
+            },
+            {
+                "prepared": lambda: consume_all(prepared, samples),
+                "loose files": lambda: consume_all(source, samples),
+            },
         )
-        print(environment.describe("grain", "pillow", "pycocotools"))
+        for runs in pairs:
+            print_comparison(f"{samples} images in one process", runs, options.repeats)
+            print()
+        print("| workers | images/s |\n|---|---|")
+        for _ in range(3):
+            for workers in (1, 2):
+                print(f"| {workers} | {consume(source, 3 * samples, workers):.1f} |")
+        first_batch(root, 60_000)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _fill(fields: dict[str, np.ndarray], row: int, example: Example, spec: Batch
     masks, ignore = _on_canvas(example, spec.canvas)
     height, width = masks.shape[1:]
     k = len(example.phrases)
-    fields["sam_image"][row], fields["sam_size"][row] = sam_input(example.image, spec.frame)
+    _, fields["sam_size"][row] = sam_input(example.image, spec.frame, fields["sam_image"][row])
     fields["encoder_image"][row] = encoder_input(example.image, spec.encoder_size)
     fields["phrase_valid"][row, :k] = True
     fields["mask"][row, :k, :height, :width] = masks

@@ -7,6 +7,8 @@ and run different programs and wait for each other for ever.
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
+
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.source import Entry
 from data_pipelines.tokenizers import Tokenizer
@@ -47,10 +49,12 @@ class Buckets:
         taken from the list; where there is none, the last one if `spec.shrink`, otherwise one whose
         sides are rounded up.
         """
-        fitting = [entry for entry in entries if self.fits(entry, tokenizer)]
-        longest = max((_longest(entry, tokenizer) for entry in fitting), default=0)
-        height = max((entry.height for entry in fitting), default=0)
-        width = max((entry.width for entry in fitting), default=0)
+        sizes = [
+            (longest, entry.height, entry.width)
+            for entry in entries
+            if (longest := _longest(entry, tokenizer)) <= self.text_lengths[-1]
+        ]
+        longest, height, width = np.max(sizes, axis=0).tolist() if sizes else (0, 0, 0)
         text_length = next(length for length in self.text_lengths if length >= longest)
         canvas = next((c for c in self.canvases if c[0] >= height and c[1] >= width), None)
         if canvas is None:

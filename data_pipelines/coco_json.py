@@ -127,7 +127,7 @@ def read_coco(path: Path, annotation_keys: Sequence[str] = ("category_id",)) -> 
       UserError: it is no json, a key is missing, a value has the wrong type, an id comes twice, or
         an annotation names an image that is not listed.
     """
-    content = _checked(_read_json(path), dict, f"{path}: the content")
+    content = _checked(read_json(path), dict, f"{path}: the content")
     required = "category_id" in annotation_keys
     categories: dict[Id, str] = {}
     for i, one in enumerate(_entries(path, content, "categories", required)):
@@ -165,7 +165,8 @@ def read_coco(path: Path, annotation_keys: Sequence[str] = ("category_id",)) -> 
     return CocoFile(path, grouped, categories)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of any JSON file. Raises UserError if it cannot be read, or is none."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:

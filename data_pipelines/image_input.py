@@ -36,6 +36,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_LYING = (5, 6, 7, 8)  # of these, height and width change places
+
 _CUBIC_A = np.float32(-0.75)  # torch's; Pillow and JAX use -0.5
 
 
@@ -69,21 +71,21 @@ def decode_image(
     return _read(io.BytesIO(content), name, max_pixels)
 
 
+def read_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of the image as `read_image` gives it, from the file's header alone.
+
+    Raises:
+      UserError: it is no image.
+    """
+    with _open(path, str(path), MAX_PIXELS) as opened:
+        height, width = opened.height, opened.width
+        return (width, height) if _orientation(opened) in _LYING else (height, width)
+
+
 def _read(
     file: str | os.PathLike | io.BytesIO, name: str, max_pixels: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at half of its limit; the limit below is ours.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(file)
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found more") from None
-    except PermissionError:
-        raise UserError(f"{name}: expected a readable image file, found no permission") from None
-    except Exception as error:  # each decoder raises its own
-        raise UserError(f"{name}: expected an image file, found something else") from error
-    with opened:
+    with _open(file, name, max_pixels) as opened:
         if opened.width * opened.height > max_pixels:
             size = f"{opened.width} x {opened.height}"
             raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found {size}")
@@ -95,6 +97,21 @@ def _read(
             raise UserError(f"{name}: expected a whole image, found a broken one") from error
 
 
+def _open(file: str | os.PathLike | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    """The image, of which the header has been read."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half of its limit; the one that counts is the caller's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except Image.DecompressionBombError:
+        raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found more") from None
+    except PermissionError:
+        raise UserError(f"{name}: expected a readable image file, found no permission") from None
+    except Exception as error:  # each decoder raises its own
+        raise UserError(f"{name}: expected an image file, found something else") from error
+
+
 def sam_size(height: int, width: int, frame: int = 1024) -> tuple[int, int]:
     """Height and width after the longest side is scaled to `frame`."""
     scale = frame / max(height, width)
@@ -102,17 +119,22 @@ def sam_size(height: int, width: int, frame: int = 1024) -> tuple[int, int]:
 
 
 def sam_input(
-    image: UInt8[np.ndarray, "h w 3"], frame: int = 1024
+    image: UInt8[np.ndarray, "h w 3"],
+    frame: int = 1024,
+    out: UInt8[np.ndarray, "S S 3"] | None = None,
 ) -> tuple[UInt8[np.ndarray, "S S 3"], tuple[int, int]]:
     """The segmenter's image: longest side to `frame` by Pillow's bilinear filter, top-left in
     zeros.
+
+    Args:
+      out: zeros to write it into, such as a row of a batch; by default a new array.
 
     Returns:
       The frame, and the height and width of its content.
     """
     height, width = sam_size(*image.shape[:2], frame=frame)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    framed = np.zeros((frame, frame, 3), np.uint8)
+    framed = np.zeros((frame, frame, 3), np.uint8) if out is None else out
     framed[:height, :width] = np.asarray(resized)
     return framed, (height, width)
 
@@ -161,11 +183,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    try:
-        orientation = source.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # a broken EXIF block does not make the pixels unreadable
-        return image
+    orientation = _orientation(source)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
+        return None
 
 
 @functools.lru_cache(maxsize=512)

@@ -321,7 +321,7 @@ def open_index(
     """
     key = _fingerprint(root, inputs, options)
     folder = f"{name}-{split}-{key}".replace("/", "_")
-    places = [root / INDEX_FOLDER / folder, _user_cache() / folder]
+    places = [root / INDEX_FOLDER / folder, user_cache("index") / folder]
     for place in places:
         if (place / "meta.json").exists():
             return Index(place)
@@ -353,9 +353,10 @@ def _fingerprint(root: Path, inputs: Sequence[Path], options: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _user_cache() -> Path:
+def user_cache(kind: str) -> Path:
+    """The user's folder for what can be made again."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "evf_sam_jax" / "index"
+    return Path(base) / "evf_sam_jax" / kind
 
 
 def _writable(root: Path) -> bool:

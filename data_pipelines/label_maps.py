@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +22,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 from PIL import Image
+from tqdm import tqdm
 
 from data_pipelines.ade20k_classes import CLASSES
-from data_pipelines.coco_json import PresentFiles, missing_image
+from data_pipelines.coco_json import PresentFiles, missing_image, read_json
 from data_pipelines.dataset import Dataset
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.segmentations import encode_mask
-from data_pipelines.source import ReadingRules
+from data_pipelines.source import SEMANTIC_PREFIX, ReadingRules
 from evf_sam_jax.errors import UserError
-
-PREFIX = "[semantic] "
 
 # Right and left as the viewer sees them, as in RefCOCO: the labels' own names are the person's.
 HUMAN_PARSING_CLASSES = (
@@ -97,12 +95,14 @@ def _load(form: _Form, root: Path, split: str) -> Iterator[AnnotatedImage | Prob
         if photos[stem] in present
     ]
     annotate = functools.partial(_annotate, classes)
+    # Shown on a terminal only.
+    progress = functools.partial(tqdm, total=len(jobs), desc=f"{form.name}/{split}", disable=None)
     if len(jobs) <= _IN_ONE_PROCESS:
-        yield from map(annotate, jobs)
+        yield from progress(map(annotate, jobs))
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        yield from pool.map(annotate, jobs, chunksize=64)
+        yield from progress(pool.map(annotate, jobs, chunksize=64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _ade20k_classes(root: Path) -> dict[int, str | None]:
     path = root / "ade20k" / "ade20k_classes.json"
     names = list(CLASSES)
     if path.exists():
-        names = _names(path, "a list of names", _read_json(path))
+        names = _names(path, "a list of names", read_json(path))
         if len(names) != len(CLASSES):
             raise UserError(f"{path}: expected {len(CLASSES)} names, found {len(names)}")
     # The original takes 0 and 255 for no label.
@@ -149,7 +149,7 @@ def _ade20k_classes(root: Path) -> dict[int, str | None]:
 
 def _mapillary_classes(root: Path) -> dict[int, str | None]:
     path = root / _MAPILLARY_NAMES
-    content = _read_json(path)
+    content = read_json(path)
     labels = content.get("labels") if isinstance(content, dict) else None
     if isinstance(labels, list):
         labels = [one.get("readable") if isinstance(one, dict) else None for one in labels]
@@ -170,13 +170,6 @@ def _names(path: Path, expected: str, found: object) -> list[str]:
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: expected {expected}, found {name!r} at place {place}")
     return found
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: expected json, found {error}") from error
 
 
 def _dataset(form: _Form, prefix: str, published: Mapping[str, Mapping[str, int]]) -> Dataset:
@@ -208,7 +201,7 @@ DATASETS = (
             {split: f"ade20k/images/{folder}" for split, folder in _FOLDERS.items()},
             _ade20k_classes,
         ),
-        PREFIX,
+        SEMANTIC_PREFIX,
         {},
     ),
     _dataset(
@@ -229,7 +222,7 @@ DATASETS = (
             {"train": "humanparsing/JPEGImages"},
             _human_parsing_classes,
         ),
-        PREFIX,
+        SEMANTIC_PREFIX,
         {"train": {"images": 17_706}},
     ),
 )

@@ -15,7 +15,6 @@ name one image.
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,15 +24,13 @@ from PIL import Image
 
 from data_pipelines.coco_json import CocoFile, CocoImage, PresentFiles, missing_image, read_coco
 from data_pipelines.dataset import Dataset
+from data_pipelines.image_input import read_size
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.segmentations import SegmentationError, encode_mask, encode_segmentation
 from evf_sam_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
 PHRASE_KEYS = ("phrases", "phrase", "caption")
-
-_EXIF_ORIENTATION = 0x0112
-_LYING = (5, 6, 7, 8)  # orientations whose upright image has height and width swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +48,6 @@ class _Line:
     mask: Any
     target_id: str
     category: str
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width of the image as it is read, from the file's header.
-
-    Raises:
-      UserError: it is no image.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
-    except Exception as error:  # each decoder raises its own
-        raise UserError(f"{path}: expected an image file, found something else") from error
-    with opened:
-        width, height = opened.size
-        try:
-            lying = opened.getexif().get(_EXIF_ORIENTATION) in _LYING
-        except Exception:  # a broken EXIF block does not make the pixels unreadable
-            lying = False
-    return (width, height) if lying else (height, width)
 
 
 def encode_png(path: Path, height: int, width: int) -> bytes:
@@ -212,7 +188,7 @@ def _load_jsonl(root: Path, split: str) -> Iterator[AnnotatedImage | Problem]:
             yield from (missing_image(line.where, file) for line in lines)
             continue
         try:
-            height, width = upright_size(root / file)
+            height, width = read_size(root / file)
         except UserError as error:
             yield from (Problem(line.where, str(error)) for line in lines)
             continue

@@ -24,9 +24,8 @@ from data_pipelines.segmentations import (
     encode_mask,
     encode_segmentation,
 )
-from data_pipelines.source import ReadingRules
+from data_pipelines.source import SEMANTIC_PREFIX, ReadingRules
 
-PREFIX = "[semantic] "
 PARTIMAGENET = "PartImageNet"
 PASCAL_PART = "vlpart/pascal_part"
 PASCAL_IMAGES = f"{PASCAL_PART}/VOCdevkit/VOC2010/JPEGImages"
@@ -118,8 +117,8 @@ def _dataset(
         layout,
         inputs=functools.partial(_inputs, places),
         load=functools.partial(_load, name, places, phrase),
-        train_rules=ReadingRules(prefix=PREFIX),
-        eval_rules=ReadingRules(text="lower", prefix=PREFIX),
+        train_rules=ReadingRules(prefix=SEMANTIC_PREFIX),
+        eval_rules=ReadingRules(text="lower", prefix=SEMANTIC_PREFIX),
     )
 
 

@@ -29,7 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 
 from data_pipelines.image_input import decode_image
-from data_pipelines.index import AnnotatedImage, Index, Target
+from data_pipelines.index import AnnotatedImage, Index, Target, user_cache
 from data_pipelines.source import IndexedSource, ReadingRules
 from evf_sam_jax.errors import UserError
 
@@ -250,8 +250,7 @@ def file_sha256(path: Path) -> str:
 def _cached(directory: str | os.PathLike, manifest: Manifest, cache: Path | None) -> Path:
     """A local copy; what has been copied before, and has kept its size, is not copied again."""
     if cache is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(base) / "evf_sam_jax" / "prepared"
+        cache = user_cache("prepared")
     # Other contents at the same place must not be taken for these.
     key = hashlib.sha256(f"{os.fspath(directory)}\0{manifest.to_json()}".encode()).hexdigest()[:16]
     local = cache / f"{manifest.name}-{manifest.split}-{key}"

@@ -11,7 +11,6 @@ train2017; a split that the file does not hold is an error.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from data_pipelines.coco_json import (
     PresentFiles,
     missing_image,
     read_coco,
+    read_json,
 )
 from data_pipelines.dataset import Dataset
 from data_pipelines.index import AnnotatedImage, Problem, Target
@@ -149,7 +149,7 @@ def _target(
 
 
 def _refs_of_split(path: Path, split: str) -> list[Mapping[str, Any]]:
-    refs = _read_json(path) if path.suffix == ".json" else load_plain_pickle(path)
+    refs = read_json(path) if path.suffix == ".json" else load_plain_pickle(path)
     if not isinstance(refs, list):
         raise UserError(f"{path}: expected a list of refs, found {type(refs).__name__}")
     for i, ref in enumerate(refs):
@@ -171,15 +171,6 @@ def _check_ref(where: str, ref: Any) -> None:
     for sentence in ref["sentences"]:
         if not isinstance(sentence, dict) or not isinstance(sentence.get("sent"), str):
             raise UserError(f"{where}: expected sentences with the key 'sent', found others")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable file, found: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: expected json, found {error}") from error
 
 
 # Refs and images of each split, as tensorflow_datasets 4.9.10 lists them

@@ -14,6 +14,10 @@ from data_pipelines.index import Index
 from data_pipelines.segmentations import OVERLAPS, Overlap, area, decode_parts
 from evf_sam_jax.errors import UserError
 
+# What the multi-task checkpoints know categories and parts by, one token of their tokenizers
+# (hustvl/EVF-SAM demo.py:50-51 at 9935dc5).
+SEMANTIC_PREFIX = "[semantic] "
+
 TextCase = Literal["as_written", "lower"]
 TEXT_CASES: tuple[TextCase, ...] = ("as_written", "lower")
 

@@ -227,7 +227,7 @@ def _train_batches(
     seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
     spec = data.spec(config, stage, stage.batch_size, shrink=True)
     return train_dataset(
-        data.mixture, tokenizer, spec, seed=seed, steps=stage.steps, buckets=data.choice
+        data.mixture, tokenizer, spec, seed=seed, steps=stage.steps, buckets=data.buckets
     )
 
 
@@ -247,6 +247,6 @@ def _held_out(
     config: ExperimentConfig, stage: StageConfig, data: TrainingData, tokenizer: Tokenizer
 ) -> Iterator[Batch]:
     spec = data.spec(config, stage, config.evaluation.batch_size, shrink=False)
-    dataset = eval_dataset(data.held_out, tokenizer, spec, buckets=data.choice)
+    dataset = eval_dataset(data.held_out, tokenizer, spec, buckets=data.buckets)
     with iterate(dataset) as batches:
         yield from batches

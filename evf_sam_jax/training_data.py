@@ -25,13 +25,15 @@ class TrainingData:
       mixture: what it is trained on.
       held_out: what it is measured on.
       phrases: k, phrases an image.
-      buckets: the shapes to choose from.
+      largest: the text length and the canvas that hold all.
+      buckets: the shapes to choose from for each batch; None: the largest for all.
     """
 
     mixture: Mixture
     held_out: Source
     phrases: int
-    buckets: Buckets
+    largest: tuple[int, tuple[int, int]]
+    buckets: Buckets | None
 
     def spec(
         self, config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
@@ -40,20 +42,13 @@ class TrainingData:
         return BatchSpec(
             batch_size=batch_size,
             phrases=self.phrases,
-            text_length=self.buckets.text_lengths[-1],
+            text_length=self.largest[0],
             frame=config.model.segmenter.image_size,
             encoder_size=config.model.encoder.image_size,
-            canvas=self.buckets.canvases[-1],
+            canvas=self.largest[1],
             prompts=stage.prompts != "text",
             shrink=shrink,
         )
-
-    @property
-    def choice(self) -> Buckets | None:
-        """None where there is nothing to choose: then no entry is looked up."""
-        shapes = len(self.buckets.text_lengths) * len(self.buckets.canvases)
-        only_sizes_that_fit = all(isinstance(s, ShapesSource) for s in self.mixture.sources)
-        return None if shapes == 1 and only_sizes_that_fit else self.buckets
 
 
 def open_data(config: ExperimentConfig) -> TrainingData:
@@ -66,8 +61,8 @@ def open_data(config: ExperimentConfig) -> TrainingData:
     if isinstance(data, ShapesDataConfig):
         train = ShapesSource("train", data.shapes)
         held_out = ShapesSource(config.evaluation.split, data.shapes, images)
-        buckets = Buckets((data.text_length,), (data.canvas,))
-        return TrainingData(Mixture((train,), (1.0,)), held_out, data.shapes.phrases, buckets)
+        mixture, largest = Mixture((train,), (1.0,)), (data.text_length, data.canvas)
+        return TrainingData(mixture, held_out, data.shapes.phrases, largest, None)
     for entry in data.train:
         if find_dataset(entry.name).evaluation_only:
             raise UserError(
@@ -91,7 +86,9 @@ def open_data(config: ExperimentConfig) -> TrainingData:
     # No longer than the model has positions for.
     longest = config.model.encoder.max_text_tokens
     text_lengths = tuple(sorted({min(length, longest) for length in data.text_lengths}))
-    return TrainingData(mixture, together, data.phrases, Buckets(text_lengths, data.canvases))
+    largest = (text_lengths[-1], data.canvases[-1])
+    buckets = Buckets(text_lengths, data.canvases)
+    return TrainingData(mixture, together, data.phrases, largest, buckets)
 
 
 def open_source(entry: DatasetConfig) -> IndexedSource:
