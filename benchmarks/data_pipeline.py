@@ -4,8 +4,8 @@
 
 Draws a data set of photograph-sized JPEGs with polygons, then times, by turns in one process: a
 loop that decodes, makes both resizes and the masks; and the pipeline with its index, sampling,
-tokenizer, buckets and batches. Then the same from prepared and from loose files; with one and with
-two worker processes and a consumer that does nothing; and the first batch of a large index.
+tokenizer, buckets and batches. Then the same from prepared and from loose files; with one and two
+threads or worker processes and a consumer that does nothing; and the first batch of a large index.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from data_pipelines.train_pipeline import iterate, train_dataset
 
 HEIGHT, WIDTH = 480, 640
 SPEC = BatchSpec(batch_size=8, phrases=3, text_length=32)
+# Grain shuffles a small range slowly: the index is of a size that data sets have.
+IMAGES = 5_000
 BUCKETS = Buckets((16, 32), ((640, 640),))
 
 
@@ -103,10 +105,10 @@ def batches(source: IndexedSource, samples: int):
     return train_dataset(mixture, tokenizer, SPEC, seed=0, steps=steps, buckets=BUCKETS)
 
 
-def consume(source: IndexedSource, samples: int, workers: int) -> float:
-    """Images per second from the second batch of each worker on, which excludes their start."""
-    with iterate(batches(source, samples), workers) as stream:
-        for _ in range(2 * max(workers, 1)):
+def consume(source: IndexedSource, samples: int, workers: int, threads: int) -> float:
+    """Images per second without the first batches, whose time is that of starting."""
+    with iterate(batches(source, samples), workers, threads=threads) as stream:
+        for _ in range(2 * max(workers, threads)):
             next(stream)
         start = time.perf_counter()
         count = sum(1 for _ in stream)
@@ -152,9 +154,9 @@ def main() -> None:
         root, out = Path(folder) / "loose", Path(folder) / "prepared"
         root.mkdir()
         write_images(root, options.files)
-        dataset = Drawn(options.files, options.files).dataset()
+        dataset = Drawn(IMAGES, options.files).dataset()
         source = dataset.source(root, "train")
-        prepare(dataset, root, out, "train")
+        prepare(dataset, root, out, "train", workers=2)
         prepared = open_prepared(out / dataset.name / "train")
         samples = options.samples
         pairs = (
@@ -170,10 +172,11 @@ def main() -> None:
         for runs in pairs:
             print_comparison(f"{samples} images in one process", runs, options.repeats)
             print()
-        print("| workers | images/s |\n|---|---|")
+        print("| worker processes | threads | images/s |\n|---|---|---|")
         for _ in range(3):
-            for workers in (1, 2):
-                print(f"| {workers} | {consume(source, 3 * samples, workers):.1f} |")
+            for workers, threads in ((0, 1), (0, 2), (1, 1), (2, 1)):
+                rate = consume(source, 3 * samples, workers, threads)
+                print(f"| {workers} | {threads} | {rate:.1f} |")
         first_batch(root, 60_000)
 
 

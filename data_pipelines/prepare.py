@@ -1,4 +1,4 @@
-"""Writes a data set into a few large files: faster to copy and to read than loose images.
+"""Writes a data set into a few large files, images, phrases and masks together.
 
 python -m data_pipelines.prepare refcoco --root DATA --out PREPARED --split train
 

@@ -78,14 +78,19 @@ def train_dataset(
 
 @contextlib.contextmanager
 def iterate(
-    dataset: grain.MapDataset[Batch], workers: int = 0, prefetch: int = 4
+    dataset: grain.MapDataset[Batch], workers: int = 0, prefetch: int = 4, threads: int = 1
 ) -> Iterator[Iterator[Batch]]:
-    """Iterates over a dataset of batches, some prefetched by a thread or by worker processes.
+    """Iterates over a dataset of batches, some prefetched by threads or by worker processes.
 
-    Workers and shared memory are given back when the context ends.
+    Neither changes the stream. Workers and shared memory are given back when the context ends.
+
+    Args:
+      workers: processes; 0: this one makes the batches. They pay where threads wait for each other
+        in Python; a batch of photographs costs as much to hand over as to make.
+      threads: of this process, or of each worker. Decoding and resizing run beside each other.
     """
     stream = dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
     )
     if workers:
         # Grain reads absl flags, which nobody has parsed outside of `app.run`.

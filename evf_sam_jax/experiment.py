@@ -26,6 +26,7 @@ class ShapesDataConfig:
       text_length: tokens a phrase, `<s>` and `</s>` included.
       canvas: height and width that hold every image at its original size.
       workers: processes that make batches; 0: a thread of this one.
+      threads: that make batches, of this process or of each worker; drawing gains nothing by more.
       max_skipped: examples that may turn out unreadable before the run stops; none is.
     """
 
@@ -33,6 +34,7 @@ class ShapesDataConfig:
     text_length: int
     canvas: tuple[int, int]
     workers: int = 0
+    threads: int = 1
     max_skipped: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class ShapesDataConfig:
                 f"{self.canvas[0]} x {self.canvas[1]}"
             )
         _check_not_negative("data.workers", self.workers)
+        _check_positive("data.threads", self.threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,8 @@ class DatasetsConfig:
         all, the target is shrunk in training, and the canvas grown in evaluation.
       exclude_images_of: images of these splits are not trained on.
       max_skipped: examples that may turn out unreadable before the run stops.
-      workers: processes that make batches; 0: a thread of this one.
+      workers: processes that make batches; 0: threads of this one.
+      threads: that make batches, of this process or of each worker.
     """
 
     train: tuple[DatasetConfig, ...]
@@ -102,9 +106,11 @@ class DatasetsConfig:
     exclude_images_of: tuple[DatasetConfig, ...] = ()
     max_skipped: int = 100
     workers: int = 0
+    threads: int = 2
 
     def __post_init__(self) -> None:
-        _check_positive("data.phrases", self.phrases)
+        for key in ("phrases", "threads"):
+            _check_positive(f"data.{key}", getattr(self, key))
         for key in ("workers", "max_skipped"):
             _check_not_negative(f"data.{key}", getattr(self, key))
         for key in ("text_lengths", "canvases"):

@@ -119,7 +119,8 @@ def run_stage(
     progress = Progress(config, stage, log)
     sums = IouSums()
     skipped = SkippedLog(log, stage.name, data.mixture.describe, config.data.max_skipped)
-    with iterate(_train_batches(config, stage, data, tokenizer), config.data.workers) as batches:
+    dataset = _train_batches(config, stage, data, tokenizer)
+    with iterate(dataset, config.data.workers, threads=config.data.threads) as batches:
         pending: list[StepMetrics] = []
         for step, batch in enumerate(batches, start=1):
             skipped.add(step, batch.skipped_id)
@@ -248,5 +249,5 @@ def _held_out(
 ) -> Iterator[Batch]:
     spec = data.spec(config, stage, config.evaluation.batch_size, shrink=False)
     dataset = eval_dataset(data.held_out, tokenizer, spec, buckets=data.buckets)
-    with iterate(dataset) as batches:
+    with iterate(dataset, threads=config.data.threads) as batches:
         yield from batches

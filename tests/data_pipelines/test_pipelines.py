@@ -347,6 +347,13 @@ def test_two_hundred_batches_resume_to_the_same_bytes(before: int, after: int, t
     assert len(set(whole)) > 100
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_threads_do_not_change_the_stream(workers: int, tiny_root: Path):
+    dataset = bucketed(TINY.dataset().source(tiny_root, "train"), steps=100)
+    with iterate(dataset, workers=workers, threads=3) as batches:
+        assert digests(batches) == digests(dataset)
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_root: Path):
     command = [sys.executable, "-m", "tests.data_pipelines.test_pipelines", str(tiny_root)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
