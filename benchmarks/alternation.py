@@ -7,11 +7,21 @@ from collections.abc import Callable, Mapping
 from benchmarks import environment
 
 
-def print_comparison(title: str, runs: Mapping[str, Callable[[], object]], repeats: int) -> None:
-    """Runs each of two functions `repeats` times by turns, and prints a table and their ratio."""
+def print_comparison(
+    title: str,
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs each of two functions `repeats` times by turns, and prints a table and their ratio.
+
+    Args:
+      before: what comes before each run, and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            before()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

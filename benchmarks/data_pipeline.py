@@ -4,12 +4,17 @@
 
 Draws a data set of photograph-sized JPEGs with polygons, then times, by turns in one process: a
 loop that decodes, makes both resizes and the masks; and the pipeline with its index, sampling,
-tokenizer, buckets and batches. Then the same from prepared and from loose files; with one and two
-threads or worker processes and a consumer that does nothing; and the first batch of a large index.
+tokenizer, buckets and batches. Then the same from prepared and from loose files, both with files in
+the system's cache and with none there (Linux); with threads, with worker processes that prepare
+batches in threads or in none, and a consumer that does nothing; and the first batch of a large
+index.
 """
 
 import argparse
 import dataclasses
+import functools
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,6 +43,7 @@ HEIGHT, WIDTH = 480, 640
 SPEC = BatchSpec(batch_size=8, phrases=3, text_length=32)
 # Grain shuffles a small range slowly: the index is of a size that data sets have.
 IMAGES = 5_000
+DRAWN = 48
 BUCKETS = Buckets((16, 32), ((640, 640),))
 
 
@@ -76,15 +82,17 @@ class Drawn:
 
 
 def write_images(root: Path, files: int) -> None:
-    """JPEGs as large as photographs of COCO, smooth with some noise."""
+    """JPEGs as large as photographs of COCO, smooth with some noise; the first ones, repeated."""
     (root / "images").mkdir()
-    for i in range(files):
+    for i in range(min(DRAWN, files)):
         rng = np.random.default_rng(i)
         coarse = rng.integers(0, 256, (30, 40, 3), np.uint8)
         smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         noise = rng.integers(-12, 13, (HEIGHT, WIDTH, 3))
         pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"images/{i}.jpg", quality=90)
+    for i in range(DRAWN, files):
+        shutil.copyfile(root / f"images/{i % DRAWN}.jpg", root / f"images/{i}.jpg")
 
 
 def bare_loop(source: IndexedSource, root: Path, samples: int) -> None:
@@ -108,7 +116,7 @@ def batches(source: IndexedSource, samples: int):
 def consume(source: IndexedSource, samples: int, workers: int, threads: int) -> float:
     """Images per second without the first batches, whose time is that of starting."""
     with iterate(batches(source, samples), workers, threads=threads) as stream:
-        for _ in range(2 * max(workers, threads)):
+        for _ in range(8 * max(workers, threads, 1)):
             next(stream)
         start = time.perf_counter()
         count = sum(1 for _ in stream)
@@ -120,6 +128,15 @@ def consume_all(source: IndexedSource, samples: int) -> None:
     dataset = batches(source, samples)
     for step in range(len(dataset)):
         _ = dataset[step]
+
+
+def forget(folder: Path) -> None:
+    """Drops the files of a folder from the system's cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def first_batch(root: Path, images: int) -> None:
@@ -145,7 +162,7 @@ def _own_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=48)
+    parser.add_argument("--files", type=int, default=1_000)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -159,23 +176,24 @@ def main() -> None:
         prepare(dataset, root, out, "train", workers=2)
         prepared = open_prepared(out / dataset.name / "train")
         samples = options.samples
-        pairs = (
+        compare = functools.partial(print_comparison, repeats=options.repeats)
+        compare(
+            f"{samples} images in one process",
             {
                 "pipeline": lambda: consume_all(source, samples),
                 "bare loop": lambda: bare_loop(source, root, samples),
             },
-            {
-                "prepared": lambda: consume_all(prepared, samples),
-                "loose files": lambda: consume_all(source, samples),
-            },
         )
-        for runs in pairs:
-            print_comparison(f"{samples} images in one process", runs, options.repeats)
-            print()
-        print("| worker processes | threads | images/s |\n|---|---|---|")
+        forms = {
+            "prepared": lambda: consume_all(prepared, samples),
+            "loose files": lambda: consume_all(source, samples),
+        }
+        compare(f"\n{samples} images, files in the system's cache", forms)
+        compare(f"\n{samples} images, none there", forms, before=lambda: forget(Path(folder)))
+        print("\n| worker processes | threads | images/s |\n|---|---|---|")
         for _ in range(3):
-            for workers, threads in ((0, 1), (0, 2), (1, 1), (2, 1)):
-                rate = consume(source, 3 * samples, workers, threads)
+            for workers, threads in ((0, 1), (0, 2), (1, 0), (2, 0), (1, 1), (2, 1)):
+                rate = consume(source, 6 * samples, workers, threads)
                 print(f"| {workers} | {threads} | {rate:.1f} |")
         first_batch(root, 60_000)
 

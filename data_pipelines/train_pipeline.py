@@ -87,7 +87,8 @@ def iterate(
     Args:
       workers: processes; 0: this one makes the batches. They pay where threads wait for each other
         in Python; a batch of photographs costs as much to hand over as to make.
-      threads: of this process, or of each worker. Decoding and resizing run beside each other.
+      threads: of this process, or of each worker, that make batches beside the one that hands them
+        over; 0: that one makes them itself.
     """
     stream = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))

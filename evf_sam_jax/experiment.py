@@ -25,8 +25,9 @@ class ShapesDataConfig:
       shapes: how the embedded data set is drawn.
       text_length: tokens a phrase, `<s>` and `</s>` included.
       canvas: height and width that hold every image at its original size.
-      workers: processes that make batches; 0: a thread of this one.
-      threads: that make batches, of this process or of each worker; drawing gains nothing by more.
+      workers: processes that make batches; 0: this one does.
+      threads: that make batches ahead, of this process or of each worker; drawing gains nothing by
+        more than one.
       max_skipped: examples that may turn out unreadable before the run stops; none is.
     """
 
@@ -48,7 +49,7 @@ class ShapesDataConfig:
                 f"{self.canvas[0]} x {self.canvas[1]}"
             )
         _check_not_negative("data.workers", self.workers)
-        _check_positive("data.threads", self.threads)
+        _check_not_negative("data.threads", self.threads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,8 @@ class DatasetsConfig:
         all, the target is shrunk in training, and the canvas grown in evaluation.
       exclude_images_of: images of these splits are not trained on.
       max_skipped: examples that may turn out unreadable before the run stops.
-      workers: processes that make batches; 0: threads of this one.
-      threads: that make batches, of this process or of each worker.
+      workers: processes that make batches; 0: this one does.
+      threads: that make batches ahead, of this process or of each worker.
     """
 
     train: tuple[DatasetConfig, ...]
@@ -109,9 +110,8 @@ class DatasetsConfig:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("phrases", "threads"):
-            _check_positive(f"data.{key}", getattr(self, key))
-        for key in ("workers", "max_skipped"):
+        _check_positive("data.phrases", self.phrases)
+        for key in ("workers", "threads", "max_skipped"):
             _check_not_negative(f"data.{key}", getattr(self, key))
         for key in ("text_lengths", "canvases"):
             if not (isinstance(getattr(self, key), tuple) and getattr(self, key)):

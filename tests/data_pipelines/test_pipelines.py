@@ -347,15 +347,16 @@ def test_two_hundred_batches_resume_to_the_same_bytes(before: int, after: int, t
     assert len(set(whole)) > 100
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_threads_do_not_change_the_stream(workers: int, tiny_root: Path):
+@pytest.mark.parametrize(("workers", "threads"), [(0, 0), (0, 3), (1, 0), (1, 3)])
+def test_threads_do_not_change_the_stream(workers: int, threads: int, tiny_root: Path):
     dataset = bucketed(TINY.dataset().source(tiny_root, "train"), steps=100)
-    with iterate(dataset, workers=workers, threads=3) as batches:
+    with iterate(dataset, workers=workers, threads=threads) as batches:
         assert digests(batches) == digests(dataset)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_root: Path):
-    command = [sys.executable, "-m", "tests.data_pipelines.test_pipelines", str(tiny_root)]
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_killed_run_resumes_to_the_same_bytes(workers: str, tiny_root: Path):
+    command = [sys.executable, "-m", "tests.data_pipelines.test_pipelines", str(tiny_root), workers]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         killed = [run.stdout.readline().strip() for _ in range(23)]
@@ -385,5 +386,8 @@ def test_evaluation_names_what_it_could_not_read():
 
 
 if __name__ == "__main__":  # the run that a test kills
-    for digest in digests(bucketed(TINY.dataset().source(Path(sys.argv[1]), "train"), steps=200)):
-        print(digest, flush=True)
+    stream = bucketed(TINY.dataset().source(Path(sys.argv[1]), "train"), steps=200)
+    with iterate(stream, workers=int(sys.argv[2])) as made:
+        for made_batch in made:
+            (digest,) = digests([made_batch])
+            print(digest, flush=True)
