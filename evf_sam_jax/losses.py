@@ -48,10 +48,16 @@ def bce_and_dice(
     target: UInt8[Array, "b k h w"],
     mask_valid: Bool[Array, "b h w"],
     phrase_valid: Bool[Array, "b k"],
+    phrases: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Both losses, averaged over the valid phrases of the batch (0 if there is none)."""
+    """Both losses, averaged over the valid phrases of the batch (0 if there is none).
+
+    Args:
+      phrases: what the sum is divided by, where this is a part of a larger batch: the number of
+        valid phrases of the whole.
+    """
     weight = phrase_valid.astype(jnp.float32)
-    weight = weight / jnp.maximum(weight.sum(), 1.0)
+    weight = weight / jnp.maximum(weight.sum() if phrases is None else phrases, 1.0)
     bce, dice = mask_losses(logits, target, mask_valid)
     # A padding row may hold anything, so it is left out rather than multiplied by zero.
     bce, dice = (jnp.where(phrase_valid, loss * weight, 0.0).sum() for loss in (bce, dice))

@@ -12,11 +12,14 @@ Params = dict[str, Any]
 Rules = Sequence[tuple[str, T]]
 
 
-def match_rules(rules: Rules[T], paths: Iterable[str], what: str) -> dict[str, T]:
+def match_rules(
+    rules: Rules[T], paths: Iterable[str], what: str, allow_unused: bool = False
+) -> dict[str, T]:
     """Returns for each path the value of the first rule whose regex matches all of it.
 
     Args:
       what: the name of the rules in an error message.
+      allow_unused: whether a rule may match none, as where the paths are a part of all.
 
     Raises:
       UserError: no rule covers a path, a rule covers none, or a regex is not one.
@@ -39,7 +42,7 @@ def match_rules(rules: Rules[T], paths: Iterable[str], what: str) -> dict[str, T
             raise UserError(
                 f"{what}: no rule covers the parameter {path}, expected one for each of them"
             )
-    for index, (pattern, _) in enumerate(rules):
+    for index, (pattern, _) in enumerate(() if allow_unused else rules):
         if index not in used and not any(compiled[index][0].fullmatch(path) for path in paths):
             raise UserError(f"{what}: the rule {pattern!r} matches no parameter")
     return matched

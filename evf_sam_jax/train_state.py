@@ -17,20 +17,30 @@ class TrainState:
 
     Attributes:
       step: updates made so far, an int32 scalar.
+      finite: false from the first step on whose loss or gradient is not finite; from then on no
+        step changes anything, so that what is left is the state before it.
       trainable: differentiated and updated, float32.
       frozen: constants of the step.
       opt_state: of `trainable`.
+      ema: exponential moving average of `trainable`, where one is kept.
     """
 
     step: Any
+    finite: Any
     trainable: Params
     frozen: Params
     opt_state: Any
+    ema: Params | None = None
 
     @property
     def params(self) -> Params:
-        """The whole model."""
+        """The whole model, as it is trained."""
         return merge(self.trainable, self.frozen)
+
+    @property
+    def averaged_params(self) -> Params:
+        """The whole model, with the moving average where one is kept: what a run is judged by."""
+        return merge(self.trainable if self.ema is None else self.ema, self.frozen)
 
 
 def split_params(params: Params, trainable: Rules[bool]) -> tuple[Params, Params]:
@@ -39,12 +49,17 @@ def split_params(params: Params, trainable: Rules[bool]) -> tuple[Params, Params
 
 
 def create_state(
-    trainable: Params, frozen: Params, optimizer: optax.GradientTransformation
+    trainable: Params,
+    frozen: Params,
+    optimizer: optax.GradientTransformation,
+    ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        finite=jnp.ones((), bool),
         trainable=trainable,
         frozen=frozen,
         opt_state=optimizer.init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if ema else None,
     )

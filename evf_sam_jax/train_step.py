@@ -7,15 +7,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int32
 
 from data_pipelines.batch import Batch
 from evf_sam_jax.losses import bce_and_dice
 from evf_sam_jax.mask_geometry import resample_masks
 from evf_sam_jax.metrics import StepMetrics, overlap_counts
-from evf_sam_jax.models.evf_sam import EvfSamConfig, decode, encode_image, encode_phrases
+from evf_sam_jax.models.evf_sam import (
+    EvfSamConfig,
+    decode,
+    encode_image,
+    encode_phrases,
+    split_strided,
+)
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
 from evf_sam_jax.param_rules import Params, merge
+from evf_sam_jax.sharding import Placement
 from evf_sam_jax.train_state import TrainState
 
 # What tells the segmenter which object is meant: the phrase, a click inside the object, its box,
@@ -64,45 +72,114 @@ def predict_masks(
     )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What the parts of a batch add up to, see `StepMetrics`."""
+
+    loss: Float[Array, ""]
+    bce: Float[Array, ""]
+    dice: Float[Array, ""]
+    intersection: Int32[Array, ""]
+    union: Int32[Array, ""]
+
+
+def make_loss(
+    config: EvfSamConfig, prompts: PromptKind, weights: LossWeights
+) -> Callable[..., tuple[Float[Array, ""], Sums]]:
+    """Returns (trainable, frozen, batch, phrases) -> (loss, what else is summed over a batch).
+
+    `phrases` is the number of valid phrases that the sums over the batch are divided by.
+    """
+
+    def loss(trainable: Params, frozen: Params, batch: Batch, phrases: Float[Array, ""]):
+        logits = predict_masks(config, merge(trainable, frozen), batch, prompts)
+        bce, dice = bce_and_dice(logits, batch.mask, batch.mask_valid, batch.phrase_valid, phrases)
+        counts = overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
+        total = weights.bce * bce + weights.dice * dice
+        return total, Sums(total, bce, dice, *(count.sum(dtype=jnp.int32) for count in counts))
+
+    return loss
+
+
 def make_train_step(
     config: EvfSamConfig,
     prompts: PromptKind,
     weights: LossWeights,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
+    *,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the step, a pure function to be compiled; it may be given the state for good.
 
+    Losses are averaged over the valid phrases of the whole batch, however it is split.
+
     Args:
       learning_rate: the optimizer's own, for the record.
+      accumulate: parts that the batch goes through one after another, whose gradients add up to
+        that of the whole. The original averages over the phrases of each part, then over parts.
+      ema_decay: of the moving average of the parameters, if the state has one.
+      placement: where gradients live; None: one device.
     """
+    loss = make_loss(config, prompts, weights)
+    decay = 0.0 if ema_decay is None else ema_decay
 
-    def loss(trainable: Params, frozen: Params, batch: Batch):
-        logits = predict_masks(config, merge(trainable, frozen), batch, prompts)
-        bce, dice = bce_and_dice(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
-        counts = overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
-        total = weights.bce * bce + weights.dice * dice
-        return total, (bce, dice, *(count.sum(dtype=jnp.int32) for count in counts))
+    def gradients_of(state: TrainState, batch: Batch, phrases: Float[Array, ""]):
+        found = jax.grad(loss, has_aux=True)(state.trainable, state.frozen, batch, phrases)
+        if placement is None:
+            return found
+        return jax.lax.with_sharding_constraint(found[0], placement.gradients), found[1]
+
+    def accumulated(state: TrainState, batch: Batch, phrases: Float[Array, ""]):
+        parts = jax.tree.map(lambda x: split_strided(x, accumulate), batch)
+        if placement is not None:
+            # A part has rows of every device: see `split_strided`.
+            spec = PartitionSpec(None, *placement.batch.spec)
+            parts = jax.lax.with_sharding_constraint(parts, NamedSharding(placement.mesh, spec))
+
+        def add(total, part: Batch):
+            return jax.tree.map(jnp.add, total, gradients_of(state, part, phrases)), None
+
+        zero = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradients_of, state, jax.tree.map(lambda x: x[0], parts), phrases),
+        )
+        return jax.lax.scan(add, zero, parts)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        (total, (bce, dice, intersection, union)), gradients = jax.value_and_grad(
-            loss, has_aux=True
-        )(state.trainable, state.frozen, batch)
+        phrases = batch.phrase_valid.sum(dtype=jnp.float32)
+        find = gradients_of if accumulate == 1 else accumulated
+        gradients, sums = find(state, batch, phrases)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         metrics = StepMetrics(
-            loss=total,
-            bce=bce,
-            dice=dice,
+            **vars(sums),
             grad_norm=optax.tree.norm(gradients),
             update_norm=optax.tree.norm(updates),
             learning_rate=jnp.asarray(learning_rate(state.step)),
-            intersection=intersection,
-            union=union,
         )
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+        ema = state.ema
+        if ema is not None:
+            ema = optax.tree.update_moment(trainable, ema, decay, 1)
+        finite = state.finite & jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+        after = TrainState(state.step + 1, finite, trainable, state.frozen, opt_state, ema)
+        kept = dataclasses.replace(state, finite=finite)
+        return _choose(finite, after, kept), metrics
 
     return train_step
+
+
+def _choose(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:
+    """One of two states with the same frozen parameters, which are passed on as they are."""
+    chosen = jax.tree.map(
+        lambda a, b: jnp.where(finite, a, b),
+        dataclasses.replace(after, frozen={}),
+        dataclasses.replace(before, frozen={}),
+    )
+    return dataclasses.replace(chosen, frozen=after.frozen)
 
 
 def _decode(

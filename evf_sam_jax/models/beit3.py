@@ -27,8 +27,11 @@ from evf_sam_jax.models.layers import (
     TORCH_NORMAL,
     PatchConv,
     dense,
+    gathering,
     gelu_float32,
     layer_norm,
+    scanned,
+    split_by_batch,
 )
 
 Fusion = Literal["text", "late", "early"]
@@ -55,7 +58,7 @@ class Beit3Config:
         the mean of the patch tokens, or image [CLS] and `<s>` concatenated along channels.
       init_stddev: of the truncated normal that draws weights where no checkpoint is loaded.
       dtype: of activations and matrix products.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass recomputes of each layer, see `REMAT`.
     """
 
     width: int
@@ -70,7 +73,7 @@ class Beit3Config:
     readout: Readout = "image_cls"
     init_stddev: float = 0.02
     dtype: str = "bfloat16"
-    remat: bool = False
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
@@ -264,7 +267,8 @@ class Layer(nn.Module):
         attention = MultiwaySelfAttention(self.config, name="self_attn")
         streams = add(kept(streams), attention(normed, kept(normed), text_valid))
         normed = MultiwayNorm(self.config, name="final_layer_norm")(streams)
-        return add(streams, MultiwayFeedForward(self.config, name="ffn")(normed)), None
+        streams = add(streams, MultiwayFeedForward(self.config, name="ffn")(normed))
+        return each(lambda _, x: split_by_batch(x), streams), None
 
 
 def add(a: Streams, b: Streams) -> Streams:
@@ -318,7 +322,7 @@ class Beit3(nn.Module):
                 param_dtype=jnp.float32,
                 embedding_init=TORCH_NORMAL,
             )
-        layer = nn.remat(Layer, prevent_cse=False) if config.remat else Layer
+        layer = scanned(Layer, config.remat)
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -326,7 +330,7 @@ class Beit3(nn.Module):
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Flax forgets it)
             length=config.layers - 1,
         )(config)
-        self.last_layer = Layer(config)
+        self.last_layer = gathering(Layer)(config)
         self.layer_norm = MultiwayNorm(config)
 
     def __call__(
@@ -373,7 +377,8 @@ class Beit3(nn.Module):
             vision = self.vision_embed(encoder_image)
             vision = vision + positions(self.vision_positions, vision.shape[1])[None]
             vision = jnp.repeat(vision.astype(config.dtype), k, axis=0)
-        streams, _ = self.layers((vision, text), text_valid)
+        streams = each(lambda _, x: split_by_batch(x), (vision, text))
+        streams, _ = self.layers(streams, text_valid)
         streams, _ = self.last_layer(streams, text_valid, keep)
         return self.layer_norm(streams)
 

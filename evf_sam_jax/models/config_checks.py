@@ -6,6 +6,9 @@ from typing import Any
 from evf_sam_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
+# Of a layer, the backward pass recomputes nothing (False), all but its input (True), or all but the
+# results of its products with weights ("dots").
+REMAT = (False, True, "dots")
 
 
 def check_values(config: Any, where: str) -> None:
@@ -20,12 +23,13 @@ def check_values(config: Any, where: str) -> None:
         if field.type is int and not (isinstance(value, int) and value > 0):
             raise UserError(f"{where}.{field.name}: expected a positive integer, found {value!r}")
     check_choice(f"{where}.dtype", config.dtype, DTYPES)
+    check_choice(f"{where}.remat", config.remat, REMAT)
 
 
-def check_choice(where: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(where: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raises UserError unless `value` is one of `choices`."""
     if value not in choices:
-        raise UserError(f"{where}: expected {' or '.join(choices)}, found {value!r}")
+        raise UserError(f"{where}: expected {' or '.join(map(str, choices))}, found {value!r}")
 
 
 def check_multiple(config: Any, where: str, name: str, divisor_name: str) -> None:

@@ -24,7 +24,7 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.beit3 import Beit3, Beit3Config
 from evf_sam_jax.models.config_checks import check_choice
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
-from evf_sam_jax.models.layers import Mlp
+from evf_sam_jax.models.layers import Mlp, gathering
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam.sam import Sam
 
@@ -112,7 +112,7 @@ class EvfSam(nn.Module):
         self.encoder = Beit3(encoder)
         # The original's hidden layer is as wide as its input.
         widths = (encoder.prompt_width, channels)
-        self.projector = Mlp(widths, "relu", encoder.dtype, ("hidden", "out"))
+        self.projector = gathering(Mlp)(widths, "relu", encoder.dtype, ("hidden", "out"))
         self.segmenter = Sam(self.config.segmenter)
 
     def encode_image(self, sam_image, sam_size) -> ImageFeatures:
@@ -178,6 +178,9 @@ def encode_image(
 ) -> ImageFeatures:
     """Encodes images for the segmenter, `encoder_chunk` at a time. Uses params["segmenter"].
 
+    Each chunk takes images at equal distances, so that where the batch is split over devices, every
+    chunk has images of each; neither they nor their features move.
+
     Args:
       sam_image: resized so that its longer side is the frame's, top-left, not normalised.
       sam_size: height and width of the content.
@@ -186,15 +189,26 @@ def encode_image(
     def encode(image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]) -> ImageFeatures:
         return _apply(config, params, EvfSam.encode_image, image, size)
 
-    chunk = config.segmenter.encoder_chunk
-    if chunk is None or sam_image.shape[0] <= chunk:
+    images, chunk = sam_image.shape[0], config.segmenter.encoder_chunk
+    # The fewest chunks of one size, none larger than asked for.
+    chunks = 1 if chunk is None else next(n for n in range(1, images + 1) if images <= n * chunk)
+    while images % chunks:
+        chunks += 1
+    if chunks == 1:
         return encode(sam_image, sam_size)
+    by_chunk = jax.tree.map(lambda x: split_strided(x, chunks), (sam_image, sam_size))
+    features = jax.lax.map(lambda pair: encode(*pair), by_chunk)
+    return jax.tree.map(join_strided, features)
 
-    def encode_one(pair):
-        features = encode(pair[0][None], pair[1][None])
-        return jax.tree.map(lambda x: x[0], features)
 
-    return jax.lax.map(encode_one, (sam_image, sam_size), batch_size=chunk)
+def split_strided(x: Array, parts: int) -> Array:
+    """[b, ...] -> [parts, b / parts, ...]: part j has the rows j, j + parts, j + 2 parts, ..."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def join_strided(x: Array) -> Array:
+    """The inverse of `split_strided`."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def encode_phrases(

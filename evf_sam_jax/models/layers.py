@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -21,6 +22,53 @@ def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     """
     exact = jnp.dtype(dtype) == jnp.float32
     return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def gathering(layer: type[nn.Module]) -> type[nn.Module]:
+    """Returns a layer whose parameters, where a mesh splits them, are gathered when it runs.
+
+    XLA lets them go after it. Without a mesh (`jax.set_mesh`) it is the same layer.
+    """
+    return nn.map_variables(layer, "params", trans_in_fn=_gathered) if _mesh_axes() else layer
+
+
+def scanned(layer: type[nn.Module], remat: bool | str) -> type[nn.Module]:
+    """Returns a layer as a scan over layers shall have it: gathering, and rematerialised.
+
+    The backward pass recomputes what `config_checks.REMAT` says; elsewhere than in a scan, XLA
+    would undo that.
+    """
+    layer = gathering(layer)
+    if not remat:
+        return layer
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return nn.remat(layer, prevent_cse=False, policy=dots if remat == "dots" else None)
+
+
+def split_by_batch(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Keeps the first axis of activations and of their gradients over all devices of the mesh.
+
+    Otherwise XLA may move activations to where split parameters are, instead of gathering these.
+    Without a mesh it does nothing.
+    """
+    axes = _mesh_axes()
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def _mesh_axes() -> tuple[str, ...]:
+    """Names of the axes of the mesh that is set where this is traced; none without one."""
+    return tuple(jax.sharding.get_abstract_mesh().axis_names)
+
+
+@jax.custom_vjp
+def _gathered(params):
+    """Whole parameters on every device; their gradients may be split as the step needs them."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), params)
+
+
+_gathered.defvjp(lambda params: (_gathered(params), None), lambda _, gradients: (gradients,))
 
 
 def gelu_float32(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -19,8 +19,9 @@ class SamConfig:
       out_channels: channels of the image embedding, and of the mask decoder.
       mask_channels: hidden channels of the mask prompt's encoder.
       dtype: of activations and matrix products.
-      remat: recompute each block in the backward pass.
-      encoder_chunk: images encoded at a time, since each holds large scores; None: all of them.
+      remat: what the backward pass recomputes of each block, see `REMAT`.
+      encoder_chunk: images encoded at a time, since each holds large scores; None: all of them. On
+        a mesh, those of all its devices together.
     """
 
     width: int
@@ -39,7 +40,7 @@ class SamConfig:
     iou_head_width: int = 256
     num_multimask: int = 3
     dtype: str = "bfloat16"
-    remat: bool = False
+    remat: bool | str = False
     encoder_chunk: int | None = 1
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ from evf_sam_jax.models.layers import (
     dense,
     layer_norm,
     matmul_precision,
+    scanned,
+    split_by_batch,
 )
 from evf_sam_jax.models.sam.config import SamConfig
 
@@ -124,7 +126,7 @@ class Block(nn.Module):
         y = layer_norm("norm2", LAYER_NORM_EPSILON, config.dtype)(x)
         hidden = config.mlp_ratio * config.width
         mlp = Mlp((hidden, config.width), "gelu", config.dtype, ("lin1", "lin2"), name="mlp")
-        return x + mlp(y), None
+        return split_by_batch(x + mlp(y)), None
 
 
 class Group(nn.Module):
@@ -135,7 +137,7 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b g g c"], _: None = None):
         config = self.config
-        block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+        block = scanned(Block, config.remat)
         if config.global_every > 1:
             x, _ = nn.scan(
                 block,

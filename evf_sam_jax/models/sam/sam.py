@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt8
 
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
+from evf_sam_jax.models.layers import gathering, split_by_batch
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam.image_encoder import ImageEncoder
 from evf_sam_jax.models.sam.mask_decoder import MaskDecoder
@@ -29,7 +30,7 @@ class Sam(nn.Module):
         # Little of the arithmetic, and most of what bfloat16 would cost the masks.
         exact = dataclasses.replace(self.config, dtype="float32")
         self.prompt_encoder = PromptEncoder(exact)
-        self.mask_decoder = MaskDecoder(exact)
+        self.mask_decoder = gathering(MaskDecoder)(exact)
 
     def encode_image(
         self, image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]
@@ -45,9 +46,9 @@ class Sam(nn.Module):
         b, k = sparse.shape[:2]
         image = features.embedding.astype(jnp.float32)[:, None] + dense
         logits, iou = self.mask_decoder(
-            image.reshape(b * k, *image.shape[2:]),
+            split_by_batch(image.reshape(b * k, *image.shape[2:])),
             self.prompt_encoder.dense_positions(),
-            sparse.reshape(b * k, *sparse.shape[2:]),
+            split_by_batch(sparse.reshape(b * k, *sparse.shape[2:])),
             multimask,
         )
         return MaskPrediction(
