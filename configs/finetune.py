@@ -33,7 +33,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.log_every = 10
-    config.init_model = arguments["model"]
+    config.init = dict(model=arguments["model"])
 
     # Data
     own = dict(name=arguments["form"], root=arguments["data"])
@@ -62,6 +62,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
             learning_rate=arguments["learning_rate"], schedule="cosine", warmup_steps=20
         ),
     )
+
+    # Devices and checkpoints
+    config.mesh = dict(data=0, fsdp=1, zero_stage=2)
+    config.checkpoints = dict(every=100, keep=2, keep_best=1)
 
     # Evaluation
     config.evaluation = dict(

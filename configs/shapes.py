@@ -58,7 +58,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
         dtype="float32",
         encoder_chunk=None,
     )
-    config.init_scale = [
+    config.init = ConfigDict()
+    config.init.scale = [
         # The original's initialisation drowns words in their positions (N(0, 1/width) against
         # N(0, 1)), which a pretrained encoder has long overcome and a new one would have to.
         ("encoder/(text|vision)_positions/.*", 0.2),
@@ -117,6 +118,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
             rate_rules=[("encoder/.*", 0.5), (".*", 1.0)],
         ),
     )
+
+    # Devices and checkpoints
+    config.mesh = dict(data=0, fsdp=1, zero_stage=2)
+    config.checkpoints = dict(every=1000, keep=2, keep_best=1)
 
     # Evaluation
     config.evaluation = dict(split="val", images=512, batch_size=16, every=1000, panel_images=4)

@@ -1,6 +1,7 @@
 """The evaluation stream: every phrase once, in order, the last batch padded."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -11,7 +12,6 @@ from data_pipelines.batch import Batch
 from data_pipelines.buckets import Buckets
 from data_pipelines.source import Entry, Source
 from data_pipelines.tokenizers import Tokenizer
-from data_pipelines.train_pipeline import ONE_HOST, Hosts
 from evf_sam_jax.errors import UserError
 
 
@@ -56,7 +56,7 @@ def eval_dataset(
     tokenizer: Tokenizer,
     spec: BatchSpec,
     *,
-    hosts: Hosts = ONE_HOST,
+    held: Sequence[int] | None = None,
     buckets: Buckets | None = None,
 ) -> grain.MapDataset[Batch]:
     """This host's part of each global batch; all hosts have as many.
@@ -65,14 +65,15 @@ def eval_dataset(
     that cannot be read, have `example_valid` false; the latter name themselves in `skipped_id`.
 
     Args:
+      held: the rows of each global batch that this host assembles; None: all.
       buckets: text lengths and canvases to choose from for each global batch; None: those of
         `spec`.
     """
     rows = eval_rows(source, spec.phrases)
     batches = -(-len(rows) // spec.batch_size)
-    block = hosts.block(spec.batch_size)
+    held = range(spec.batch_size) if held is None else held
     return grain.MapDataset.range(batches).map(
-        _EvalBatch(source, rows, tokenizer, spec, block, buckets)
+        _EvalBatch(source, rows, tokenizer, spec, held, buckets)
     )
 
 
@@ -84,13 +85,13 @@ class _EvalBatch(grain.transforms.Map):
     rows: EvalRows
     tokenizer: Tokenizer
     spec: BatchSpec
-    block: range
+    held: Sequence[int]
     buckets: Buckets | None
 
     def map(self, element: int) -> Batch:
         first = element * self.spec.batch_size
         spec = self.spec if self.buckets is None else self._bucket(first, self.buckets)
-        slots = [self._read(first + row, spec) for row in self.block]
+        slots = [self._read(first + row, spec) for row in self.held]
         return assemble(slots, spec, self.tokenizer)
 
     def _bucket(self, first: int, buckets: Buckets) -> BatchSpec:

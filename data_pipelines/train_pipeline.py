@@ -1,8 +1,8 @@
 """The training stream: batch number `step` is a function of (seed, step) alone.
 
 So the step is all the data position that a checkpoint needs, whatever the number of workers or
-hosts: the stream is sliced at the step to resume. Each host assembles its own contiguous block of
-every global batch.
+hosts: the stream is sliced at the step to resume. Each host assembles those rows of every global
+batch that its devices hold.
 """
 
 import contextlib
@@ -27,28 +27,6 @@ from evf_sam_jax.errors import UserError
 MAX_REPLACEMENTS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Which of how many processes this one is."""
-
-    index: int = 0
-    count: int = 1
-
-    def block(self, batch_size: int) -> range:
-        """The rows of a global batch that this host assembles.
-
-        Raises:
-          UserError: the batch cannot be shared out evenly.
-        """
-        if batch_size % self.count:
-            raise UserError(f"batch_size {batch_size}: expected a multiple of {self.count} hosts")
-        rows = batch_size // self.count
-        return range(self.index * rows, (self.index + 1) * rows)
-
-
-ONE_HOST = Hosts()
-
-
 def train_dataset(
     mixture: Mixture,
     tokenizer: Tokenizer,
@@ -56,7 +34,7 @@ def train_dataset(
     *,
     seed: int,
     steps: int,
-    hosts: Hosts = ONE_HOST,
+    rows: Sequence[int] | None = None,
     buckets: Buckets | None = None,
 ) -> grain.MapDataset[Batch]:
     """`dataset[step]` is this host's part of the global batch number `step`; `dataset[step:]`
@@ -67,10 +45,11 @@ def train_dataset(
     utils/refer_seg_dataset.py:140-156 at 9935dc5).
 
     Args:
+      rows: those of the global batch that this host assembles; None: all.
       buckets: text lengths and canvases to choose from for each global batch; None: those of
         `spec`.
     """
-    rows = hosts.block(spec.batch_size)
+    rows = range(spec.batch_size) if rows is None else rows
     return grain.MapDataset.range(steps).map(
         _TrainBatch(mixture, mixture.order(seed), tokenizer, spec, seed, rows, buckets)
     )
@@ -115,7 +94,7 @@ class _TrainBatch(grain.transforms.Map):
     tokenizer: Tokenizer
     spec: BatchSpec
     seed: int
-    rows: range
+    rows: Sequence[int]
     buckets: Buckets | None
 
     def map(self, element: int) -> Batch:

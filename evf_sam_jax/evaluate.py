@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int32, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int32, UInt8
 
 from data_pipelines.assemble import BatchSpec, Example
 from data_pipelines.batch import Batch
@@ -25,30 +26,45 @@ from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.predict import Predictor
 from evf_sam_jax.run_log import RunLog, make_workdir
+from evf_sam_jax.sharding import replicated
 from evf_sam_jax.train_step import PromptKind, predict_masks
 from evf_sam_jax.visualize import COLORS, Cell, outline, overlay, panel
 
-Counts = tuple[Int32[Array, "b k"], Int32[Array, "b k"]]
+# Intersection, union, and which of them count.
+Counts = tuple[Int32[Array, "b k"], Int32[Array, "b k"], Bool[Array, "b k"]]
 
 
-def make_count_step(config: EvfSamConfig, prompts: PromptKind) -> Callable[[Params, Batch], Counts]:
-    """Returns the compiled function that counts intersection and union of each mask of a batch."""
-    return jax.jit(functools.partial(_count, config, prompts))
+def make_count_step(
+    config: EvfSamConfig, prompts: PromptKind, mesh: Mesh | None = None
+) -> Callable[[Params, Batch], Counts]:
+    """Returns the compiled function that counts intersection and union of each mask of a batch.
+
+    Args:
+      mesh: that the batch is split over; every process gets the counts of all of it.
+    """
+    whole = None if mesh is None else replicated(mesh)
+    return jax.jit(functools.partial(_count, config, prompts), out_shardings=whole)
 
 
 def evaluate(
-    count_step: Callable[[Params, Batch], Counts], params: Params, batches: Iterable[Batch]
+    count_step: Callable[[Params, Batch], Counts],
+    params: Params,
+    batches: Iterable[Batch],
+    put: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> IouSums:
-    """Sums over all valid phrases of all valid examples."""
+    """Sums over all valid phrases of all valid examples.
+
+    Args:
+      put: takes a batch (of several processes: the rows of this one) to the devices.
+    """
     sums = IouSums()
-    pending: list[tuple[Counts, np.ndarray]] = []
+    pending: list[Counts] = []
     for batch in batches:
-        counted = np.asarray(batch.phrase_valid) & np.asarray(batch.example_valid)[:, None]
-        pending.append((count_step(params, batch), counted))
+        pending.append(count_step(params, put(batch)))
         if len(pending) > 1:  # the device computes this batch while the last one is summed
-            sums = sums.merge(_sums(*pending.pop(0)))
+            sums = sums.merge(_sums(pending.pop(0)))
     for last in pending:
-        sums = sums.merge(_sums(*last))
+        sums = sums.merge(_sums(last))
     return sums
 
 
@@ -110,8 +126,9 @@ def prediction_panel(
 
 def _count(config: EvfSamConfig, prompts: PromptKind, params: Params, batch: Batch) -> Counts:
     logits = predict_masks(config, params, batch, prompts)
-    return overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
+    counts = overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
+    return *counts, batch.phrase_valid & batch.example_valid[:, None]
 
 
-def _sums(counts: Counts, counted: np.ndarray) -> IouSums:
-    return IouSums.count(np.asarray(counts[0]), np.asarray(counts[1]), counted)
+def _sums(counts: Counts) -> IouSums:
+    return IouSums.count(*map(np.asarray, counts))

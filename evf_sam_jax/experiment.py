@@ -8,13 +8,25 @@ from data_pipelines.shapes import ShapesConfig
 from data_pipelines.source import ReadingRules
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.model_dir import read_manifest
+from evf_sam_jax.models.config_checks import DTYPES
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
 from evf_sam_jax.param_rules import Rules
+from evf_sam_jax.sharding import MeshConfig
 from evf_sam_jax.train_step import PROMPT_KINDS, LossWeights
 
 # Splits of the embedded data set that no model is trained on.
 HELD_OUT = ("val", "test")
+
+
+def _check_positive(key: str, value: int) -> None:
+    if not (isinstance(value, int) and value > 0):
+        raise UserError(f"{key}: expected a positive number, found {value!r}")
+
+
+def _check_not_negative(key: str, value: int) -> None:
+    if not (isinstance(value, int) and value >= 0):
+        raise UserError(f"{key}: expected 0 or more, found {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +148,10 @@ class StageConfig:
       name: the stage's numbers are logged under it.
       prompts: what tells the segmenter which object is meant.
       trainable: (regex, whether it is trained) over all parameters.
-      batch_size: images a step.
+      batch_size: images an update, over all devices and parts.
+      accumulate: parts that a batch goes through one after another, to the same gradients.
+      ema_decay: of a moving average of the trained parameters, which then is what is evaluated
+        and handed on; None: there is none.
     """
 
     name: str
@@ -146,6 +161,8 @@ class StageConfig:
     trainable: Rules[bool]
     optimizer: OptimizerConfig
     loss: LossWeights = LossWeights()
+    accumulate: int = 1
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.prompts not in PROMPT_KINDS:
@@ -153,8 +170,14 @@ class StageConfig:
                 f"stages.{self.name}.prompts: expected one of {', '.join(PROMPT_KINDS)}, "
                 f"found {self.prompts!r}"
             )
-        for key in ("steps", "batch_size"):
+        for key in ("steps", "batch_size", "accumulate"):
             _check_positive(f"stages.{self.name}.{key}", getattr(self, key))
+        decay = self.ema_decay
+        if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < 1):
+            raise UserError(
+                f"stages.{self.name}.ema_decay: expected None or a number from 0 to below 1, "
+                f"found {decay!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,18 +207,68 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a run begins with, besides random parameters.
+
+    Attributes:
+      model: a model directory, for all parameters and the tokenizer; "": none.
+      encoder: a directory of a foundation encoder (`python -m convert beit3`), with its tokenizer.
+      segmenter: a directory of a foundation segmenter (`python -m convert sam`).
+      scale: (regex, factor) over all parameters, on top of all that.
+      frozen_dtype: what frozen parameters are cast to when they are read, "float32" or "bfloat16";
+        the model that is written in the end has them as they were.
+    """
+
+    model: str = ""
+    encoder: str = ""
+    segmenter: str = ""
+    scale: Rules[float] = ((".*", 1.0),)
+    frozen_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.model and (self.encoder or self.segmenter):
+            raise UserError("init: expected model, or encoder and segmenter, found both")
+        if self.frozen_dtype not in DTYPES:
+            raise UserError(
+                f"init.frozen_dtype: expected {' or '.join(DTYPES)}, found {self.frozen_dtype!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of training is saved, and which states are kept.
+
+    Attributes:
+      every: steps between two of them; there is one at the beginning and end of a stage too.
+      keep: the newest ones that are kept.
+      keep_best: the best ones by held-out cIoU that are kept besides.
+      asynchronous: whether training goes on while a copy is written; the copy needs memory.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    keep_best: int = 1
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive("checkpoints.every", self.every)
+        _check_positive("checkpoints.keep", self.keep)
+        _check_not_negative("checkpoints.keep_best", self.keep_best)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole run.
 
     Attributes:
       seed: of the initial parameters and of the order of the data.
-      init_scale: (regex, factor) over all parameters, on top of the model's own initialisation.
-      init_model: a model directory whose parameters, sizes and tokenizer the run begins with; "": a
-        model of random parameters.
-      model: sizes; those of `init_model`, where there is one.
+      model: sizes and dtypes. Of what `init` names, the directories' own; a config file changes
+        single ones (`model.encoder.remat`).
       data: what it is trained on.
       stages: what is trained, one after another.
       log_every: steps between two lines of progress.
+      profile_every: steps between two profiles (of `PROFILED_STEPS` steps each, in `profile/`); 0:
+        none.
     """
 
     seed: int
@@ -203,12 +276,15 @@ class ExperimentConfig:
     data: ShapesDataConfig | DatasetsConfig
     stages: tuple[StageConfig, ...]
     evaluation: EvaluationConfig
-    init_scale: Rules[float] = ((".*", 1.0),)
-    init_model: str = ""
+    init: InitConfig = InitConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = 100
+    profile_every: int = 0
 
     def __post_init__(self) -> None:
         _check_positive("log_every", self.log_every)
+        _check_not_negative("profile_every", self.profile_every)
         if not self.stages:
             raise UserError("stages: expected at least one, found none")
 
@@ -255,10 +331,9 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     """
     values = dict(values)
     order = list(values.pop("stage_order", values.get("stages", ())))
-    if values.get("init_model"):
-        if "model" in values:
-            raise UserError("config: expected model or init_model, which has its own, found both")
-        values["model"] = read_manifest(values["init_model"]).config
+    _check_known(ExperimentConfig, values, "config")
+    init = _build(InitConfig, values.get("init", {}), "config.init")
+    values["model"] = _plain(_merged(_initial_sizes(init), values.get("model", {})))
     values = _checked(ExperimentConfig, values, "config")
     if sorted(order) != sorted(values["stages"]):
         named = ", ".join(sorted(values["stages"]))
@@ -272,12 +347,51 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
             stage["loss"] = _build(LossWeights, stage["loss"], f"{where}.loss")
         stages.append(_build(StageConfig, stage, where))
     values.update(
-        model=EvfSamConfig.from_dict(_plain(values["model"])),
+        model=EvfSamConfig.from_dict(values["model"]),
         data=_data_from_dict(values["data"]),
         stages=tuple(stages),
         evaluation=_build(EvaluationConfig, values["evaluation"], "config.evaluation"),
+        init=init,
+        mesh=_build(MeshConfig, values.get("mesh", {}), "config.mesh"),
+        checkpoints=_build(CheckpointConfig, values.get("checkpoints", {}), "config.checkpoints"),
     )
     return _build(ExperimentConfig, values, "config")
+
+
+def _initial_sizes(init: InitConfig) -> dict[str, Any]:
+    """The model configuration that the directories of `init` have, as far as they go.
+
+    Raises:
+      UserError: one is no model directory, or has not what it is named for.
+    """
+    if init.model:
+        return _sizes("init.model", init.model, ("encoder", "segmenter"))
+    sizes: dict[str, Any] = {}
+    for tower in ("encoder", "segmenter"):
+        if directory := getattr(init, tower):
+            sizes[tower] = _sizes(f"init.{tower}", directory, (tower,))[tower]
+    return sizes
+
+
+def _sizes(key: str, directory: str, towers: tuple[str, ...]) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    for tower in towers:
+        if tower not in manifest.config:
+            found = " and ".join(set(manifest.config) & {"encoder", "segmenter"}) or "neither"
+            raise UserError(
+                f"{key}: expected a model directory with {' and '.join(towers)}, found "
+                f"{manifest.variant}, which has {found}, in {directory}"
+            )
+    return dict(manifest.config)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the changes, key by key in nested dicts."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def _data_from_dict(values: Mapping[str, Any]) -> ShapesDataConfig | DatasetsConfig:
@@ -310,14 +424,18 @@ def _list(values: Any, where: str) -> Sequence[Any]:
 
 def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values as a dict, if their keys are those of the dataclass."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    _check_known(cls, values, where)
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: the key {field.name!r} is missing")
+    return dict(values)
+
+
+def _check_known(cls: type, values: Mapping[str, Any], where: str) -> None:
+    fields = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in fields:
             raise UserError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
-    for key, field in fields.items():
-        if key not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: the key {key!r} is missing")
-    return dict(values)
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -332,13 +450,3 @@ def _tuples(value: Any) -> Any:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-
-
-def _check_positive(key: str, value: int) -> None:
-    if not (isinstance(value, int) and value > 0):
-        raise UserError(f"{key}: expected a positive number, found {value!r}")
-
-
-def _check_not_negative(key: str, value: int) -> None:
-    if not (isinstance(value, int) and value >= 0):
-        raise UserError(f"{key}: expected 0 or more, found {value!r}")

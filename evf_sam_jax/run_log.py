@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,9 +14,14 @@ from jaxtyping import Int32, UInt8
 
 from evf_sam_jax.errors import UserError
 
+_CONFIG, _DATA, _METRICS = "config.json", "data.json", "metrics.jsonl"
 
-def make_workdir(workdir: Path, config: Any) -> None:
+
+def make_workdir(workdir: Path, config: Any, data: Mapping[str, str] | None = None) -> None:
     """Makes a run's directory, with the values of its config (a dataclass) in `config.json`.
+
+    Args:
+      data: place of each data set in the config -> fingerprint, for `resume_workdir`.
 
     Raises:
       UserError: it holds something already, or cannot be made.
@@ -26,32 +30,126 @@ def make_workdir(workdir: Path, config: Any) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         found = sorted(path.name for path in workdir.iterdir())
         if found:
-            what = "another run" if "config.json" in found else f"{found[0]!r}"
+            what = "another run" if _CONFIG in found else f"{found[0]!r}"
             raise UserError(f"--workdir {workdir}: expected a new or empty directory, found {what}")
         text = json.dumps(dataclasses.asdict(config), indent=2)
-        (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+        (workdir / _DATA).write_text(json.dumps(data or {}, indent=2) + "\n", encoding="utf-8")
+        # The last: what has it is a run.
+        (workdir / _CONFIG).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
 
 
-class RunLog:
-    """Writes every number twice: to `metrics.jsonl`, a line a step, and as TensorBoard events."""
+# What may change between two parts of a run: it changes neither the numbers nor their order.
+FREE = ("log_every", "profile_every", "checkpoints", "evaluation", "data.workers", "data.threads")
+# Likewise up to rounding; it is said.
+RESHAPING = ("mesh",)
 
-    def __init__(self, workdir: Path, progress: TextIO | None = None):
+
+def resume_workdir(workdir: Path, config: Any, data: Mapping[str, str]) -> list[str]:
+    """Checks that the run in a directory is one of this config and this data.
+
+    Args:
+      data: place of each data set in the config -> fingerprint of its annotations.
+
+    Returns:
+      What has changed of its mesh, a sentence each.
+
+    Raises:
+      UserError: it holds something else, or another run; the first difference is named.
+    """
+    if not (workdir / _CONFIG).exists():
+        found = sorted(path.name for path in workdir.iterdir())
+        raise UserError(
+            f"--workdir {workdir}: expected a new or empty directory, or that of a run, "
+            f"found {found[0]!r}"
+        )
+    try:
+        before = json.loads((workdir / _CONFIG).read_text())
+        made_of = json.loads((workdir / _DATA).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir {workdir}: expected a run, found it damaged: {error}") from None
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    reshaped = []
+    for key, old, new in _differences(before, now):
+        if key.startswith(RESHAPING):
+            reshaped.append(f"{key}: {old!r} before, {new!r} now")
+        elif not key.startswith(FREE):
+            raise UserError(
+                f"--workdir {workdir}: expected the run that is there, with {key} = {old!r}, "
+                f"found {new!r}; another run needs another directory"
+            )
+    for name in sorted({*made_of, *data}):
+        if made_of.get(name) != data.get(name):
+            raise UserError(
+                f"--workdir {workdir}: expected the data that the run began with, found other "
+                f"annotations in {name}"
+            )
+    return reshaped
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of each leaf of two JSON values that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), now.get(name), inner)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{key}.{i}")
+    elif before != now:
+        yield key, before, now
+
+
+class RunLog:
+    """Writes every number twice: to `metrics.jsonl`, a line a step, and as TensorBoard events.
+
+    Of several processes only the first writes.
+    """
+
+    def __init__(self, workdir: Path, progress: TextIO | None = None, silent: bool = False):
         self._workdir = workdir
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
         self._progress = sys.stdout if progress is None else progress
+        self._file = self._events = None
+        if not silent:
+            self._file = open(workdir / _METRICS, "a", encoding="utf-8")
+            self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
+
+    def forget_after(self, stages: Sequence[str], step: int) -> None:
+        """Drops from `metrics.jsonl` what a run will do again.
+
+        Args:
+          stages: the one that goes on, then those after it.
+          step: of the first, up to which its lines stay.
+        """
+        if self._file is None:
+            return
+        kept = []
+        for line in (self._workdir / _METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the line that a kill cut off
+                continue
+            stage = next((key.split("/")[0] for key in record if "/" in key), None)
+            again = stage in stages[1:] or (stage == stages[0] and record["step"] > step)
+            if not again:
+                kept.append(line + "\n")
+        self._file.truncate(0)
+        self._file.write("".join(kept))
+        self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers under names such as "referring/val_ciou"."""
+        if self._file is None or self._events is None:
+            return
         record = {"step": step, "time": round(time.time(), 3)}
         self._file.write(json.dumps({**record, **values}) + "\n")
         self._file.flush()
@@ -60,16 +158,20 @@ class RunLog:
 
     def skipped(self, record: Mapping[str, Any]) -> None:
         """Writes a line about an example that could not be read."""
+        if self._file is None:
+            return
         with open(self._workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record)) + "\n")
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes a picture as an event."""
-        self._events.add_image(name, image, step, dataformats="HWC")
+        if self._events is not None:
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def line(self, text: str) -> None:
         """Prints a line of progress."""
-        print(text, file=self._progress, flush=True)
+        if self._file is not None:
+            print(text, file=self._progress, flush=True)
 
 
 class SkippedLog:
@@ -102,15 +204,6 @@ class SkippedLog:
             self._held_out.add(name)
             example = f"{name}, held out"
             self._log.skipped({"stage": self._stage, "step": step, "example": example})
-
-
-def check_finite(name: str, step: int, value: float) -> None:
-    """Raises UserError if a number that training depends on is not finite."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"{name} at step {step}: expected a finite number, found {value}; the run stops here, "
-            "a lower optimizer.learning_rate may keep it finite"
-        )
 
 
 def clock(seconds: float) -> str:

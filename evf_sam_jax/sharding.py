@@ -42,7 +42,8 @@ class MeshConfig:
 
     Attributes:
       data: groups of devices with copies of the same state; 0: as many as there are devices for.
-        On TPU pods of several slices, groups are whole slices or parts of one.
+        On TPU pods of several slices, groups are whole slices or parts of one. A run of one process
+        may take fewer devices than there are: the first ones.
       fsdp: devices of a group, over which state is split.
       zero_stage: which state is split, see above; 2 is what the paper used.
       rules: (regex, target) over all parameters: "fsdp" splits a leaf along its longest side that
@@ -77,6 +78,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: their number is not `data` x `fsdp`, or slices cannot share it out.
     """
     devices = jax.devices() if devices is None else devices
+    wanted = config.data * config.fsdp
+    if jax.process_count() == 1 and 0 < wanted < len(devices):
+        devices = devices[:wanted]
     data, fsdp = mesh_shape(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:

@@ -1,212 +1,322 @@
 """The training run: parameters, then each stage's loop, then a model directory.
 
 A run's directory holds `config.json`, `metrics.jsonl`, TensorBoard events, `skipped.jsonl`
-(examples that could not be read, if any), `panel.png` (held-out
-images with targets and predictions) and at the end `model/`, which `predict` and `evaluate` open.
+(examples that could not be read, if any), `checkpoints/`, `profile/` if asked for, `panel.png`
+(held-out images with targets and predictions) and at the end `model/`, which `predict` and
+`evaluate` open. The same command goes on with a run that was interrupted.
 """
 
+import collections
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 
 import jax
 import numpy as np
 from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from PIL import Image
 
 from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
-from data_pipelines.eval_pipeline import eval_dataset, eval_rows
-from data_pipelines.shapes import SHAPES_TOKENIZER
+from data_pipelines.eval_pipeline import EvalRows, eval_dataset, eval_rows
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
-from data_pipelines.train_pipeline import iterate, train_dataset
+from data_pipelines.train_pipeline import iterate
+from evf_sam_jax.checkpoints import FOLDER as CHECKPOINTS
+from evf_sam_jax.checkpoints import Checkpoints
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
-from evf_sam_jax.experiment import ExperimentConfig, StageConfig
+from evf_sam_jax.experiment import ExperimentConfig
+from evf_sam_jax.flops import peak_flops
+from evf_sam_jax.initialize import finished_model, initial_params, tokenizer_directory
 from evf_sam_jax.metrics import IouSums, StepMetrics
-from evf_sam_jax.model_dir import Manifest, path_leaves, write_model_dir
-from evf_sam_jax.models.evf_sam import init_params, param_shapes
-from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
-from evf_sam_jax.param_rules import Params, map_rules, match_rules
+from evf_sam_jax.model_dir import path_leaves, require_space, write_model_dir
+from evf_sam_jax.models.evf_sam import param_shapes
+from evf_sam_jax.param_rules import Params, match_rules, merge
 from evf_sam_jax.predict import Predictor
-from evf_sam_jax.run_log import RunLog, SkippedLog, check_finite, clock, make_workdir
-from evf_sam_jax.train_state import create_state, split_params
-from evf_sam_jax.train_step import PromptKind, make_train_step
+from evf_sam_jax.preemption import Preempted, PreemptionNotice
+from evf_sam_jax.progress import STEPS_AHEAD, NotFinite, Progress
+from evf_sam_jax.replay import save_failure
+from evf_sam_jax.run_log import (
+    RunLog,
+    SkippedLog,
+    make_workdir,
+    resume_workdir,
+)
+from evf_sam_jax.sharding import (
+    check_placement,
+    make_mesh,
+    placement_table,
+    process_rows,
+    put_batch,
+)
+from evf_sam_jax.stage import Stage, make_stage, never_trained
+from evf_sam_jax.train_state import TrainState
 from evf_sam_jax.training_data import TrainingData, open_data
 
-# Steps the host may be ahead of the device: it prepares the next one while the last one runs, and
-# reads no number that is not there yet.
-STEPS_AHEAD = 2
 # Of an image with more phrases, the first are shown.
 PANEL_PHRASES = 3
+# Steps of one profile.
+PROFILED_STEPS = 3
 
 
-def train(config: ExperimentConfig, workdir: Path) -> IouSums:
-    """Trains all stages and writes the model directory.
+def train(config: ExperimentConfig, workdir: Path) -> IouSums | None:
+    """Trains all stages and writes the model directory; goes on where the run stopped before.
 
     Returns:
-      What the last stage reached on held-out images.
+      What the last stage reached on held-out images; None if the run had been finished before.
 
     Raises:
       UserError: the directory holds another run, the configuration cannot be, or a loss stopped
         being finite.
+      Preempted: SIGTERM came, and the state is saved.
     """
-    tokenizer = load_tokenizer(_tokenizer_dir(config), config.model.encoder.max_text_tokens)
+    tokenizer = load_tokenizer(
+        tokenizer_directory(config.init), config.model.encoder.max_text_tokens
+    )
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
-    check_experiment(config)
+    stages = make_stages(config, make_mesh(config.mesh))
     data = open_data(config)
-    make_workdir(workdir, config)
-    params = initial_params(config)
-    with RunLog(workdir) as log:
-        log.line(parameter_overview.get_parameter_overview(params, include_stats=False))
-        for stage in config.stages:
-            params, sums = run_stage(config, stage, data, params, tokenizer, log)
-        manifest = Manifest(variant="evf-sam", config=config.model.to_dict())
-        write_model_dir(workdir / "model", params, manifest, _tokenizer_dir(config))
-        log.line(f"model directory: {workdir / 'model'}")
-        examples = list(_shown(data, tokenizer, config.evaluation.panel_images))
-        if examples:
-            picture = prediction_panel(Predictor(config.model, params, tokenizer), examples)
-            Image.fromarray(picture).save(workdir / "panel.png")
-            log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
+    first = jax.process_index() == 0
+    notes = _open_workdir(config, workdir, data, stages)
+    with RunLog(workdir, silent=not first) as log, PreemptionNotice() as notice:
+        for note in notes:
+            log.line(f"going on with another mesh: {note}")
+        shapes = param_shapes(config.model)
+        log.line(parameter_overview.get_parameter_overview(shapes, include_stats=False))
+        if (workdir / "model").exists():
+            log.line(f"finished before: {workdir / 'model'}")
+            return None
+        begun = [stage for stage in stages if (workdir / CHECKPOINTS / stage.config.name).exists()]
+        current = stages.index(begun[-1]) if begun else 0
+        params: Params | None = None
+        sums = IouSums()
+        for stage in stages[current:]:
+            params, sums = run_stage(stage, data, params, tokenizer, log, workdir, notice)
+        assert params is not None, "there is at least one stage"
+        finish(config, data, params, tokenizer, log, workdir)
     return sums
 
 
-def check_experiment(config: ExperimentConfig) -> None:
-    """Raises UserError for what would otherwise stop the run after minutes of training."""
-    params = param_shapes(config.model)
-    match_rules(config.init_scale, path_leaves(params), "init_scale")
-    for stage in config.stages:
-        trainable, _ = split_params(params, stage.trainable)
-        make_optimizer(stage.optimizer, stage.steps, trainable)
-
-
-def initial_params(config: ExperimentConfig) -> Params:
-    """The parameters of `init_model`, or random ones, each scaled by its factor in `init_scale`."""
-    if config.init_model:
-        params = Predictor.load(config.init_model).params
-    else:
-        params = init_params(config.model, jax.random.key(config.seed))
-    return map_rules(lambda factor, leaf: factor * leaf, config.init_scale, params, "init_scale")
+def make_stages(config: ExperimentConfig, mesh: Mesh) -> list[Stage]:
+    """All stages of a run. Raises UserError for what would otherwise stop it after hours."""
+    match_rules(config.init.scale, path_leaves(param_shapes(config.model)), "init.scale")
+    return [make_stage(config, stage, mesh) for stage in config.stages]
 
 
 def run_stage(
-    config: ExperimentConfig,
-    stage: StageConfig,
+    stage: Stage,
     data: TrainingData,
-    params: Params,
+    params: Params | None,
     tokenizer: Tokenizer,
     log: RunLog,
+    workdir: Path,
+    notice: PreemptionNotice,
 ) -> tuple[Params, IouSums]:
-    """Trains one stage.
+    """Trains one stage, from its newest checkpoint if it has one.
+
+    Args:
+      params: what the stage before left; None: the run's initial ones.
 
     Returns:
       All parameters, and what they reach on held-out images.
     """
-    trainable, frozen = split_params(params, stage.trainable)
-    optimizer = make_optimizer(stage.optimizer, stage.steps, trainable)
-    state = create_state(trainable, frozen, optimizer)
-    schedule = learning_rate_schedule(stage.optimizer, stage.steps)
-    prompts = cast(PromptKind, stage.prompts)  # StageConfig has checked it
-    step_function = jax.jit(
-        make_train_step(config.model, prompts, stage.loss, optimizer, schedule),
-        donate_argnums=0,
-    )
-    count_step = make_count_step(config.model, prompts)
-    progress = Progress(config, stage, log)
-    sums = IouSums()
-    skipped = SkippedLog(log, stage.name, data.mixture.describe, config.data.max_skipped)
-    dataset = _train_batches(config, stage, data, tokenizer)
-    with iterate(dataset, config.data.workers, threads=config.data.threads) as batches:
-        pending: list[StepMetrics] = []
-        for step, batch in enumerate(batches, start=1):
-            skipped.add(step, batch.skipped_id)
-            state, metrics = step_function(state, batch)
-            pending.append(metrics)
-            if len(pending) > STEPS_AHEAD:
-                progress.add(pending.pop(0))
-            if step % config.evaluation.every == 0 or step == stage.steps:
-                while pending:
-                    progress.add(pending.pop(0))
+    config, experiment = stage.config, stage.experiment
+    mesh, name, size = stage.mesh, stage.config.name, stage.config.batch_size
+    skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(epath.Path(workdir), name, experiment.checkpoints) as checkpoints,
+    ):
+        restored = checkpoints.restore(stage.shapes, log.line)
+        state = stage.create(_placed(stage, params)) if restored is None else restored
+        if restored is None:
+            checkpoints.save_frozen(state)
+            checkpoints.save(0, state)
+        del params, restored
+        start = int(state.step)
+        names = [other.name for other in experiment.stages]
+        log.forget_after(names[names.index(name) :], start)
+        check_placement(state, stage.placement)
+        _describe(stage, state, start, log)
+        count_step = make_count_step(stage.model, stage.prompts, mesh)
+        rows = eval_rows(data.held_out, data.phrases)
+
+        def measure(step: int) -> IouSums:
+            held_out = _held_out(stage, data, tokenizer)
+            named = _named(held_out, data, rows, functools.partial(skipped.add_held_out, step))
+            put = functools.partial(put_batch, mesh, batch_size=experiment.evaluation.batch_size)
+            return evaluate(count_step, state.averaged_params, named, put)
+
+        train_step = stage.step()
+        profiler = _Profiler(workdir / "profile", experiment.profile_every, start)
+        progress: Progress | None = None
+        recent: collections.deque[tuple[int, Batch]] = collections.deque(maxlen=STEPS_AHEAD + 1)
+        sums = None
+        dataset = stage.batches(data, tokenizer)[start:]
+        workers, threads = experiment.data.workers, experiment.data.threads
+        with iterate(dataset, workers, threads=threads) as batches:
+            for step, batch in enumerate(batches, start=start + 1):
+                skipped.add(step, batch.skipped_id)
+                recent.append((step, batch))
+                on_devices = put_batch(mesh, batch, size)
+                if progress is None:
+                    progress = _progress(stage, log, start, on_devices)
+                last = step == config.steps
+                profiler.before(step)
+                state, metrics = train_step(state, on_devices)
+                profiler.after(step, last, metrics)
+                stopping = notice.received(step)
+                measuring = last or step % experiment.evaluation.every == 0
+                saving = last or stopping or step % experiment.checkpoints.every == 0
+                try:
+                    progress.add(metrics)
+                    if measuring or saving:
+                        progress.drain()
+                except NotFinite as error:
+                    failed = next(one for number, one in recent if number == error.step)
+                    folder = save_failure(epath.Path(workdir), stage, state, failed, error)
+                    raise UserError(
+                        f"{error}; state and batch are in {folder}, for --mode replay"
+                    ) from None
                 with progress.paused():
-                    held_out = _held_out(config, stage, data, tokenizer)
-                    named = _named(held_out, data, functools.partial(skipped.add_held_out, step))
-                    sums = evaluate(count_step, state.params, named)
-                    progress.held_out(step, sums)
-    return state.params, sums
+                    if measuring:
+                        sums = measure(step)
+                        progress.held_out(step, sums)
+                    if saving:
+                        checkpoints.save(step, state, sums.ciou if measuring and sums else None)
+                if stopping and not last:
+                    checkpoints.wait()
+                    message = f"{name} {step}/{config.steps}: told to stop, the state is saved"
+                    log.line(message)
+                    raise Preempted(message)
+            if sums is None:  # the run was stopped after the last step
+                sums = measure(start)
+        return state.averaged_params, sums
 
 
-class Progress:
-    """Means over the steps since the last line of progress, and the time that is left."""
-
-    def __init__(self, config: ExperimentConfig, stage: StageConfig, log: RunLog):
-        self._stage, self._log, self._every = stage, log, config.log_every
-        self._step = 0
-        self._start: float | None = None  # after the first step, which compiles
-        self._excluded = 0.0
-        self._recent: list[dict[str, float]] = []
-
-    def add(self, metrics: StepMetrics) -> None:
-        """Takes the next step's numbers (waiting for them), and writes a line when it is time.
-
-        Raises:
-          UserError: the loss or the norm of the gradients is not finite.
-        """
-        self._step += 1
-        values = {name: float(value) for name, value in jax.device_get(vars(metrics)).items()}
-        for name in ("loss", "grad_norm"):
-            check_finite(f"{self._stage.name}/{name}", self._step, values[name])
-        self._recent.append(values)
-        if self._start is None:
-            self._start = time.monotonic()
-        if self._step % self._every == 0 or self._step == self._stage.steps:
-            self._write()
-
-    def held_out(self, step: int, sums: IouSums) -> None:
-        """Writes what held-out images say."""
-        name = self._stage.name
-        self._log.scalars(step, {f"{name}/val_ciou": sums.ciou, f"{name}/val_giou": sums.giou})
-        self._log.line(
-            f"{name} {step}/{self._stage.steps}: held out "
-            f"cIoU {sums.ciou:.3f}, gIoU {sums.giou:.3f} ({sums.masks} phrases)"
-        )
-
-    def paused(self) -> "_Paused":
-        """A context whose time counts as no training."""
-        return _Paused(self)
-
-    def _write(self) -> None:
-        stage, recent, self._recent = self._stage, self._recent, []
-        means = {name: float(np.mean([values[name] for values in recent])) for name in recent[0]}
-        ciou = means.pop("intersection") / max(means.pop("union"), 1.0)
-        assert self._start is not None
-        seconds = time.monotonic() - self._start - self._excluded
-        per_step = seconds / max(self._step - 1, 1)
-        images_per_second = stage.batch_size / per_step if per_step else 0.0
-        values = {**means, "ciou": ciou, "images_per_second": images_per_second}
-        self._log.scalars(self._step, {f"{stage.name}/{key}": v for key, v in values.items()})
-        self._log.line(
-            f"{stage.name} {self._step}/{stage.steps}: loss {means['loss']:.4f}, cIoU {ciou:.3f}, "
-            f"{images_per_second:.0f} images/s, {clock(per_step * (stage.steps - self._step))} left"
-        )
+def finish(
+    config: ExperimentConfig,
+    data: TrainingData,
+    params: Params,
+    tokenizer: Tokenizer,
+    log: RunLog,
+    workdir: Path,
+) -> None:
+    """Writes the model directory, and the panel of predictions."""
+    if jax.process_count() > 1:
+        # A leaf at a time, since not all of it is here.
+        params = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)
+    if jax.process_index() == 0:
+        leaves, manifest, passthrough = finished_model(config, params, never_trained(config))
+        tokenizer_dir = tokenizer_directory(config.init)
+        write_model_dir(workdir / "model", leaves, manifest, tokenizer_dir, passthrough)
+        log.line(f"model directory: {workdir / 'model'}")
+        examples = list(_shown(data, tokenizer, config.evaluation.panel_images))
+        if examples:
+            host = jax.tree.map(np.asarray, params)
+            picture = prediction_panel(Predictor(config.model, host, tokenizer), examples)
+            Image.fromarray(picture).save(workdir / "panel.png")
+            log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("finished")
 
 
-class _Paused:
-    def __init__(self, progress: Progress):
-        self._progress = progress
+def _open_workdir(
+    config: ExperimentConfig, workdir: Path, data: TrainingData, stages: list[Stage]
+) -> list[str]:
+    """Makes the run's directory or finds the run in it; all processes come to the same answer.
 
-    def __enter__(self) -> None:
-        self._begin = time.monotonic()
+    Returns:
+      What has changed of the mesh since.
+    """
+    notes: list[str] = []
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            fingerprints = data.fingerprints()
+            if workdir.is_dir() and any(workdir.iterdir()):
+                notes = resume_workdir(workdir, config, fingerprints)
+            else:
+                make_workdir(workdir, config, fingerprints)
+                require_space(workdir / "model", _bytes_on_disk(config, stages))
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
+        if failed and not problem:
+            problem = f"--workdir {workdir}: process 0 cannot use it and says why"
+    if problem:
+        raise UserError(problem)
+    return notes
 
-    def __exit__(self, *exception: object) -> None:
-        self._progress._excluded += time.monotonic() - self._begin
+
+def _bytes_on_disk(config: ExperimentConfig, stages: list[Stage]) -> int:
+    """What a run needs: its checkpoints (one more while it is written) and the model."""
+    kept = config.checkpoints.keep + config.checkpoints.keep_best + 1
+    total = 0
+    for stage in stages:
+        shapes = stage.shapes
+        saved = (shapes.trainable, shapes.opt_state, shapes.ema)
+        total += kept * _bytes(saved) + _bytes(shapes.frozen)
+    return total + 4 * sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config.model)))
 
 
-def _tokenizer_dir(config: ExperimentConfig) -> Path:
-    return Path(config.init_model) / "tokenizer" if config.init_model else SHAPES_TOKENIZER
+def _bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _placed(stage: Stage, params: Params | None) -> Params:
+    """Parameters where the stage wants them: what the stage before left, or the initial ones."""
+    places = merge(stage.placement.state.trainable, stage.placement.state.frozen)
+    if params is not None:
+        return jax.tree.map(jax.device_put, params, places)
+    return initial_params(stage.experiment, path_leaves(places), never_trained(stage.experiment))
+
+
+def _describe(stage: Stage, state: TrainState, start: int, log: RunLog) -> None:
+    """Where the stage begins, and where its state lives."""
+    if start:
+        log.line(f"{stage.config.name}: going on after step {start}")
+    log.line(placement_table(stage.experiment.mesh, state, stage.placement))
+
+
+def _progress(stage: Stage, log: RunLog, start: int, batch: Batch) -> Progress:
+    peak = peak_flops(stage.mesh.devices.flat[0])
+    return Progress(
+        log,
+        stage.config.name,
+        start=start,
+        steps=stage.config.steps,
+        batch_size=stage.config.batch_size,
+        every=stage.experiment.log_every,
+        step_flops=None if peak is None else stage.flops(batch),
+        peak_flops=None if peak is None else peak * stage.mesh.size,
+    )
+
+
+class _Profiler:
+    """Profiles some steps every so often, never the first, which compiles."""
+
+    def __init__(self, directory: Path, every: int, start: int):
+        self._directory, self._every, self._first = directory, every, start + 2
+        self._until = 0
+
+    def before(self, step: int) -> None:
+        """Called before a step."""
+        if self._every and step >= self._first and step % self._every == 0 and not self._until:
+            jax.profiler.start_trace(str(self._directory))
+            self._until = step + PROFILED_STEPS
+
+    def after(self, step: int, last: bool, metrics: StepMetrics) -> None:
+        """Called after a step has been handed to the device."""
+        if self._until and (step + 1 >= self._until or last):
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self._until = 0
 
 
 def _shown(data: TrainingData, tokenizer: Tokenizer, count: int) -> Iterator[Example]:
@@ -221,22 +331,10 @@ def _shown(data: TrainingData, tokenizer: Tokenizer, count: int) -> Iterator[Exa
             yield example
 
 
-def _train_batches(
-    config: ExperimentConfig, stage: StageConfig, data: TrainingData, tokenizer: Tokenizer
-):
-    # Each stage has an order of its own: otherwise the second would begin with the same images.
-    seed = config.seed + 1 + [other.name for other in config.stages].index(stage.name)
-    spec = data.spec(config, stage, stage.batch_size, shrink=True)
-    return train_dataset(
-        data.mixture, tokenizer, spec, seed=seed, steps=stage.steps, buckets=data.buckets
-    )
-
-
 def _named(
-    batches: Iterator[Batch], data: TrainingData, name: Callable[[str], None]
+    batches: Iterator[Batch], data: TrainingData, rows: EvalRows, name: Callable[[str], None]
 ) -> Iterator[Batch]:
     """Passes the batches on, and names what could not be read or had no room."""
-    rows = eval_rows(data.held_out, data.phrases)
     for batch in batches:
         skipped = np.asarray(batch.skipped_id)
         for row in skipped[skipped >= 0].tolist():
@@ -244,10 +342,11 @@ def _named(
         yield batch
 
 
-def _held_out(
-    config: ExperimentConfig, stage: StageConfig, data: TrainingData, tokenizer: Tokenizer
-) -> Iterator[Batch]:
-    spec = data.spec(config, stage, config.evaluation.batch_size, shrink=False)
-    dataset = eval_dataset(data.held_out, tokenizer, spec, buckets=data.buckets)
-    with iterate(dataset, threads=config.data.threads) as batches:
+def _held_out(stage: Stage, data: TrainingData, tokenizer: Tokenizer) -> Iterator[Batch]:
+    experiment = stage.experiment
+    size = experiment.evaluation.batch_size
+    spec = data.spec(experiment, stage.config, size, shrink=False)
+    held = process_rows(stage.mesh, size)
+    dataset = eval_dataset(data.held_out, tokenizer, spec, held=held, buckets=data.buckets)
+    with iterate(dataset, threads=experiment.data.threads) as batches:
         yield from batches

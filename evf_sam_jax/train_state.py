@@ -30,7 +30,7 @@ class TrainState:
     trainable: Params
     frozen: Params
     opt_state: Any
-    ema: Params | None = None
+    ema: Any = None
 
     @property
     def params(self) -> Params:

@@ -1,6 +1,7 @@
 """What a run reads: its sources by name, mixed, and the shapes of their batches."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 from absl import logging
@@ -35,6 +36,12 @@ class TrainingData:
     largest: tuple[int, tuple[int, int]]
     buckets: Buckets | None
 
+    def fingerprints(self) -> dict[str, str]:
+        """Each data set by its place -> what tells it from another."""
+        train = {f"data.train.{i}": one for i, one in enumerate(self.mixture.sources)}
+        named = {**train, "data.held_out": self.held_out}
+        return {name: fingerprint(source) for name, source in named.items()}
+
     def spec(
         self, config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
     ) -> BatchSpec:
@@ -49,6 +56,14 @@ class TrainingData:
             prompts=stage.prompts != "text",
             shrink=shrink,
         )
+
+
+def fingerprint(source: Source) -> str:
+    """A short text that changes with the annotations of a source, not with where they are."""
+    digest = hashlib.sha256(str(len(source)).encode())
+    for index in range(0, len(source), max(1, len(source) // 1000)):
+        digest.update(repr(source.entry(index)).encode())
+    return digest.hexdigest()[:16]
 
 
 def open_data(config: ExperimentConfig) -> TrainingData:

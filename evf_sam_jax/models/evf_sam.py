@@ -149,19 +149,22 @@ class EvfSam(nn.Module):
         self.decode(features, Prompts(text=text), multimask=False)
 
 
+# To optimise a program that runs once takes longer than it saves.
+RUNS_ONCE = {"xla_backend_optimization_level": 0}
+
+
 def init_params(config: EvfSamConfig, rng: Array) -> Params:
     """Returns random float32 parameters, drawn as the original draws them without a checkpoint."""
-    # To optimise a program that runs once takes longer than it saves.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(functools.partial(_init, config), compiler_options=options)(rng)
+    return jax.jit(functools.partial(draw_params, config), compiler_options=RUNS_ONCE)(rng)
 
 
 def param_shapes(config: EvfSamConfig) -> Params:
     """Returns the parameter tree as `jax.ShapeDtypeStruct`s, spending no memory on it."""
-    return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(draw_params, config), jax.random.key(0))
 
 
-def _init(config: EvfSamConfig, rng: Array) -> Params:
+def draw_params(config: EvfSamConfig, rng: Array) -> Params:
+    """`init_params`, to be compiled as a part of something else."""
     variables: Any = EvfSam(config).init(rng, method=EvfSam.touch_all_parameters)
     return variables["params"]
 

@@ -29,7 +29,11 @@ def gathering(layer: type[nn.Module]) -> type[nn.Module]:
 
     XLA lets them go after it. Without a mesh (`jax.set_mesh`) it is the same layer.
     """
-    return nn.map_variables(layer, "params", trans_in_fn=_gathered) if _mesh_axes() else layer
+    return (
+        nn.map_variables(layer, "params", trans_in_fn=_gathered, init=True)
+        if _mesh_axes()
+        else layer
+    )
 
 
 def scanned(layer: type[nn.Module], remat: bool | str) -> type[nn.Module]:

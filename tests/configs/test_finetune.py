@@ -56,6 +56,7 @@ def config_of(directories: tuple[Path, Path]) -> ConfigDict:
     config = get_config(f"model={model},data={data},steps=3,batch_size=1")
     config.log_every = 1
     config.data.text_lengths = (64,)  # one to compile
+    config.mesh.data = 1  # of the eight devices that tests have
     return config
 
 
@@ -181,9 +182,19 @@ def test_values_of_wrong_types_are_refused(directories):
         assert sentence.startswith(beginning)
 
 
+def test_a_config_changes_single_values_of_the_model_that_a_run_begins_with(directories):
+    values = config_of(directories).to_dict()
+    plain = experiment_from_dict(values).model
+    changed = experiment_from_dict({**values, "model": {"encoder": {"remat": True}}}).model
+    assert changed == dataclasses.replace(
+        plain, encoder=dataclasses.replace(plain.encoder, remat=True)
+    )
+
+
 def test_a_model_comes_from_one_place(directories):
-    values = {**config_of(directories).to_dict(), "model": {}}
-    with pytest.raises(UserError, match="expected model or init_model, .* found both"):
+    values = config_of(directories).to_dict()
+    values["init"]["encoder"] = values["init"]["model"]
+    with pytest.raises(UserError, match="init: expected model, or encoder and segmenter, found b"):
         experiment_from_dict(values)
 
 

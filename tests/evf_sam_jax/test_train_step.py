@@ -10,12 +10,12 @@ import pytest
 
 from data_pipelines.batch import Batch
 from evf_sam_jax.experiment import StageConfig
+from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.losses import bce_and_dice
 from evf_sam_jax.metrics import StepMetrics
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.evf_sam import encode_image
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
-from evf_sam_jax.train import initial_params
 from evf_sam_jax.train_state import TrainState, create_state, split_params
 from evf_sam_jax.train_step import make_train_step, predict_masks
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, PRETRAIN, REFERRING, batch

@@ -11,12 +11,14 @@ from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax.experiment import (
     EvaluationConfig,
     ExperimentConfig,
+    InitConfig,
     ShapesDataConfig,
     StageConfig,
 )
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
+from evf_sam_jax.sharding import MeshConfig
 from evf_sam_jax.train_step import LossWeights
 
 SEGMENTER = dataclasses.replace(SamConfig.tiny(), depth=2, patch_size=16, window_size=2)
@@ -52,12 +54,15 @@ EXPERIMENT = ExperimentConfig(
     data=ShapesDataConfig(shapes=DEFAULT_CONFIG, text_length=TEXT_LENGTH, canvas=CANVAS),
     stages=(PRETRAIN, REFERRING),
     evaluation=EvaluationConfig(images=3, batch_size=2, every=100, panel_images=1),
-    init_scale=(
-        ("encoder/(text|vision)_positions/.*", 0.2),
-        ("encoder/text_embed/.*", 5.0),
-        ("projector/out/kernel", 4.0),
-        (".*", 1.0),
+    init=InitConfig(
+        scale=(
+            ("encoder/(text|vision)_positions/.*", 0.2),
+            ("encoder/text_embed/.*", 5.0),
+            ("projector/out/kernel", 4.0),
+            (".*", 1.0),
+        )
     ),
+    mesh=MeshConfig(data=1),
     log_every=1,
 )
 

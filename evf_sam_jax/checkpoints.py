@@ -1,0 +1,223 @@
+"""The resumable state of training on disk, which any mesh can go on with.
+
+    WORKDIR/checkpoints/STAGE/STEP/     trainable, opt_state, ema, meta: an Orbax item each
+    WORKDIR/checkpoints/STAGE-frozen/   what the stage does not train, stored once
+
+The data order is a function of (seed, step), so the step is all there is to know of the data. A
+checkpoint appears whole or not at all, and carries a checksum of every item, so that one that was
+damaged later is recognised and the one before it is taken.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import CheckpointConfig
+from evf_sam_jax.train_state import TrainState
+
+FOLDER = "checkpoints"
+_ITEMS = ("trainable", "opt_state", "ema")
+_METRIC = "ciou"
+
+
+class Checkpoints:
+    """The checkpoints of one stage; a context, at whose end all have been written."""
+
+    def __init__(self, workdir: epath.Path, stage: str, config: CheckpointConfig):
+        self._directory = epath.Path(workdir) / FOLDER / stage
+        self._frozen = epath.Path(workdir) / FOLDER / f"{stage}-frozen"
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(n=config.keep)]
+        if config.keep_best:
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics[_METRIC],
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            keep.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=config.asynchronous,
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_handlers={**handlers, "meta": _json()}
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, ciou: float | None = None) -> None:
+        """Begins to write a state, unless there is one of this step; returns when it is copied.
+
+        Args:
+          ciou: of held-out images, if it has been measured at this step.
+
+        Raises:
+          UserError: this or the one before could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
+        meta = {
+            "step": step,
+            "checksums": {name: checksum(tree) for name, tree in items.items()},
+            "frozen": checksum(state.frozen),
+        }
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        with _writing(self._directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
+                metrics=None if ciou is None else {_METRIC: ciou},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when all is written. Raises UserError if it could not be."""
+        with _writing(self._directory):
+            self._manager.wait_until_finished()
+
+    def save_frozen(self, state: TrainState) -> None:
+        """Writes what the stage does not train, unless that has been done."""
+        if jax.tree.leaves(state.frozen) and not self._frozen.exists():
+            with _writing(self._frozen), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._frozen, state.frozen)
+
+    def restore(self, like: TrainState, say: Callable[[str], None]) -> TrainState | None:
+        """The newest state that is whole; None if there is no checkpoint at all.
+
+        Args:
+          like: shapes with shardings.
+          say: is told of checkpoints that are not whole.
+
+        Raises:
+          UserError: there are checkpoints, and none is whole; or the frozen parameters are not.
+        """
+        steps = self.steps[::-1]
+        if not steps:
+            return None
+        frozen = self._restore_frozen(like)
+        for step in steps:
+            try:
+                state = self._restore(step, like, frozen)
+            except Exception as error:  # each layer below raises its own for what is damaged
+                problem = _first_line(error)
+            else:
+                problem = None
+            # One process may have read what another could not.
+            if not _any_process(problem is not None):
+                return state
+            where = self._directory / str(step)
+            say(f"{where} is damaged and passed over: {problem or 'on another process'}")
+        raise UserError(
+            f"{self._directory}: expected a checkpoint that is whole, found {len(steps)} damaged; "
+            "without this directory the stage begins anew"
+        )
+
+    def _restore(self, step: int, like: TrainState, frozen: Any) -> TrainState:
+        items = {name: getattr(like, name) for name in _ITEMS if getattr(like, name) is not None}
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        found = self._manager.restore(
+            step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
+        )
+        meta = found["meta"]
+        for name, tree in {**{name: found[name] for name in items}, "frozen": frozen}.items():
+            expected = meta["frozen"] if name == "frozen" else meta["checksums"][name]
+            if checksum(tree) != expected:
+                raise ValueError(f"{name}: the checksum is not the one it was written with")
+        return TrainState(
+            step=jax.device_put(np.int32(step), like.step.sharding),
+            finite=jax.device_put(np.bool_(True), like.finite.sharding),
+            trainable=found["trainable"],
+            frozen=frozen,
+            opt_state=found["opt_state"],
+            ema=found["ema"] if "ema" in items else None,
+        )
+
+    def _restore_frozen(self, like: TrainState) -> Any:
+        if not jax.tree.leaves(like.frozen):
+            return like.frozen
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(self._frozen, like.frozen)
+        except Exception as error:  # each layer below raises its own for what is damaged
+            raise UserError(
+                f"{self._frozen}: expected the frozen parameters of the stage, found them damaged: "
+                f"{_first_line(error)}"
+            ) from error
+
+
+def checksum(tree: Any) -> int:
+    """A number that depends on every bit of the arrays of a tree and on the place of each.
+
+    It does not depend on the mesh: sums of integers that wrap around have no order.
+    """
+    total = 0
+    for number in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)]):
+        total = (31 * total + int(number)) % 2**32
+    return total
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    # Weights differ with the place, and being odd, let no changed bit of an element vanish.
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place * np.uint32(size) + along
+    weights = (place * np.uint32(2654435761)) | np.uint32(1)
+    return (_bits(leaf) * weights).sum(dtype=jnp.uint32)
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        return leaf.astype(jnp.uint32)
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+
+
+def _json() -> ocp.JsonCheckpointHandler:
+    return ocp.JsonCheckpointHandler()
+
+
+def _any_process(problem: bool) -> bool:
+    if jax.process_count() == 1:
+        return problem
+    return bool(multihost_utils.process_allgather(np.array(problem)).any())
+
+
+class _writing:
+    """What Orbax and the disk raise becomes one sentence."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise UserError(f"{self._path} cannot be written: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

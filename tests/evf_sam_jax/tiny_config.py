@@ -1,0 +1,35 @@
+"""A config file of seconds, for tests that start the command: one stage on the embedded data set.
+
+python -m evf_sam_jax.main --config tests/evf_sam_jax/tiny_config.py --workdir runs/tiny
+"""
+
+from ml_collections import ConfigDict
+
+from tests.evf_sam_jax.tiny_experiment import CANVAS, MODEL, TEXT_LENGTH
+
+
+def get_config() -> ConfigDict:
+    """Returns the values of the experiment."""
+    config = ConfigDict()
+    config.seed = 0
+    config.log_every = 1
+    config.model = MODEL.to_dict()
+    config.data = dict(shapes=dict(seed=0), text_length=TEXT_LENGTH, canvas=CANVAS)
+    config.mesh = dict(data=0, fsdp=1, zero_stage=2, min_size=64)
+    config.checkpoints = dict(every=5, keep=2, keep_best=1)
+    config.stages = ConfigDict()
+    config.stages.referring = dict(
+        prompts="text",
+        steps=20,
+        batch_size=8,
+        accumulate=1,
+        ema_decay=None,
+        trainable=[
+            ("(encoder|projector)/.*", True),
+            ("segmenter/mask_decoder/.*", True),
+            (".*", False),
+        ],
+        optimizer=dict(learning_rate=2e-3, schedule="linear", warmup_steps=3),
+    )
+    config.evaluation = dict(images=8, batch_size=8, every=100, panel_images=1)
+    return config
