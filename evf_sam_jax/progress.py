@@ -71,7 +71,8 @@ class Progress:
           NotFinite: one of them, or of those before, is not finite.
         """
         self._pending.append(metrics)
-        if len(self._pending) > STEPS_AHEAD:
+        # The first is waited for: the clock starts when it is done.
+        if len(self._pending) > STEPS_AHEAD or self._begin is None:
             self._read(self._pending.pop(0))
 
     def drain(self) -> None:

@@ -98,7 +98,7 @@ def _report(title: str, stage: Stage, state: TrainState, batch: Batch) -> bool:
     total, sums, norms = found
     norms = path_leaves(norms)
     broken = [path for path, norm in norms.items() if not np.isfinite(norm)]
-    print(f"{title}: loss {total:.6g}, bce {sums.bce:.6g}, dice {sums.dice:.6g}")
+    print(f"{title}: loss {total:.6g}, bce {sums['bce']:.6g}, dice {sums['dice']:.6g}")
     print(f"  gradients that are not finite: {len(broken)} of {len(norms)}")
     for path in broken[:10]:
         print(f"    {path}")

@@ -46,8 +46,8 @@ class MeshConfig:
         may take fewer devices than there are: the first ones.
       fsdp: devices of a group, over which state is split.
       zero_stage: which state is split, see above; 2 is what the paper used.
-      rules: (regex, target) over all parameters: "fsdp" splits a leaf along its longest side that
-        is a multiple of `fsdp`, "replicated" never splits it.
+      rules: (regex, target) over all parameters: "fsdp" splits a leaf along its last side that is a
+        multiple of `fsdp`, "replicated" never splits it.
       min_size: elements below which a leaf is not worth splitting.
     """
 
@@ -185,7 +185,7 @@ def param_shardings(
     for path, leaf in leaves.items():
         spec = PartitionSpec()
         if targets[path] == "fsdp" and math.prod(leaf.shape) >= config.min_size:
-            spec = _split_longest(path, leaf.shape, mesh.shape["fsdp"])
+            spec = _split_last(path, leaf.shape, mesh.shape["fsdp"])
         shardings[path] = NamedSharding(mesh, spec if split else PartitionSpec())
     return shardings
 
@@ -302,15 +302,17 @@ def _row(name: str, target: str, row: Sequence[int]) -> str:
     return f"{name:<32} {target:<10} {count:>13,} {megabytes}"
 
 
-def _split_longest(path: str, shape: Sequence[int], parts: int) -> PartitionSpec:
-    """Splits the longest side that can be; of equals the last, which is never a scanned layer."""
-    sides = [(side, axis) for axis, side in enumerate(shape) if side % parts == 0]
-    if not sides:
+def _split_last(path: str, shape: Sequence[int], parts: int) -> PartitionSpec:
+    """Splits the last side that can be: features, so that rows of embeddings are found anywhere.
+
+    The first side of layers that are scanned over comes last, and is hardly ever a multiple.
+    """
+    axes = [axis for axis, side in enumerate(shape) if side % parts == 0]
+    if not axes:
         if math.prod(shape) >= LARGE:
             raise UserError(
                 f"mesh.rules: expected {path} to have a side that is a multiple of fsdp = {parts}, "
                 f"found {tuple(shape)}; a rule with the target replicated would keep it whole"
             )
         return PartitionSpec()
-    _, axis = max(sides)
-    return PartitionSpec(*(AXES[1] if i == axis else None for i in range(len(shape))))
+    return PartitionSpec(*(AXES[1] if i == axes[-1] else None for i in range(len(shape))))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.batch import Batch
 from evf_sam_jax.losses import bce_and_dice
@@ -72,32 +72,30 @@ def predict_masks(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sums:
-    """What the parts of a batch add up to, see `StepMetrics`."""
-
-    loss: Float[Array, ""]
-    bce: Float[Array, ""]
-    dice: Float[Array, ""]
-    intersection: Int32[Array, ""]
-    union: Int32[Array, ""]
-
-
 def make_loss(
     config: EvfSamConfig, prompts: PromptKind, weights: LossWeights
-) -> Callable[..., tuple[Float[Array, ""], Sums]]:
-    """Returns (trainable, frozen, batch, phrases) -> (loss, what else is summed over a batch).
+) -> Callable[..., tuple[Float[Array, ""], dict[str, Array]]]:
+    """Returns (trainable, frozen, batch, phrases) -> (loss, fields of `StepMetrics`).
 
-    `phrases` is the number of valid phrases that the sums over the batch are divided by.
+    `phrases` is the number of valid phrases that losses are divided by. Whatever is returned adds
+    up over the parts of a batch.
     """
 
     def loss(trainable: Params, frozen: Params, batch: Batch, phrases: Float[Array, ""]):
         logits = predict_masks(config, merge(trainable, frozen), batch, prompts)
         bce, dice = bce_and_dice(logits, batch.mask, batch.mask_valid, batch.phrase_valid, phrases)
-        counts = overlap_counts(logits, batch.mask, batch.mask_valid, batch.phrase_valid)
+        intersection, union = overlap_counts(
+            logits, batch.mask, batch.mask_valid, batch.phrase_valid
+        )
         total = weights.bce * bce + weights.dice * dice
-        return total, Sums(total, bce, dice, *(count.sum(dtype=jnp.int32) for count in counts))
+        sums = {
+            "loss": total,
+            "bce": bce,
+            "dice": dice,
+            "intersection": intersection.sum(dtype=jnp.int32),
+            "union": union.sum(dtype=jnp.int32),
+        }
+        return total, sums
 
     return loss
 
@@ -155,7 +153,7 @@ def make_train_step(
         gradients, sums = find(state, batch, phrases)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         metrics = StepMetrics(
-            **vars(sums),
+            **sums,
             grad_norm=optax.tree.norm(gradients),
             update_norm=optax.tree.norm(updates),
             learning_rate=jnp.asarray(learning_rate(state.step)),

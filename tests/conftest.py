@@ -11,6 +11,9 @@ import os
 # Before jax is imported, and for the commands that tests start as processes. Set it to something
 # else to run the tests on an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool: a collective of virtual devices blocks one of each, and independent ones
+# wait for each other for ever where there are no more threads than devices.
+os.environ.setdefault("NPROC", "64")
 
 import jax
 import pytest
