@@ -4,6 +4,7 @@
     python -m evf_sam_jax.main --config configs/evaluate.py:model=runs/shapes/model \
         --workdir runs/shapes_val --mode evaluate
     python -m evf_sam_jax.main --config configs/shapes.py --workdir runs/shapes --mode replay
+    python -m evf_sam_jax.main --config configs/shapes.py --mode plan --devices 8
 
 Any value of the config can be changed: `--config.stages.referring.steps=100`.
 """
@@ -17,7 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from data_pipelines.index import user_cache
-from evf_sam_jax import processes
+from evf_sam_jax import plan, processes
 from evf_sam_jax.command_line import parse_flags
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.evaluate import evaluate_directory
@@ -25,7 +26,7 @@ from evf_sam_jax.experiment import evaluation_from_dict, experiment_from_dict
 from evf_sam_jax.replay import replay
 from evf_sam_jax.train import train
 
-MODES = ("train", "evaluate", "replay")
+MODES = ("train", "evaluate", "replay", "plan")
 
 
 def define_flags() -> None:
@@ -41,6 +42,7 @@ def define_flags() -> None:
         "Where compiled programs are kept for the next run; '' keeps none.",
     )
     processes.define_flags()
+    plan.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +50,9 @@ def main(argv: list[str]) -> None:
     options = flags.FLAGS
     if argv[1:]:
         raise UserError(f"expected flags only, found {argv[1]!r}")
+    if options.mode == "plan":
+        described = (options.devices, options.device_memory_gb, options.device_kind)
+        return plan.print_plan(options.config.to_dict(), *described)
     if not options.workdir:
         raise UserError("--workdir: expected a directory, found nothing")
     values, workdir = options.config.to_dict(), Path(options.workdir)

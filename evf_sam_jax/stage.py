@@ -12,7 +12,6 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from data_pipelines.assemble import BatchSpec
 from data_pipelines.batch import Batch
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.train_pipeline import train_dataset
@@ -25,7 +24,7 @@ from evf_sam_jax.param_rules import Params
 from evf_sam_jax.sharding import Placement, check_batch_size, place, process_rows, replicated
 from evf_sam_jax.train_state import TrainState, create_state, split_params
 from evf_sam_jax.train_step import PromptKind, make_loss, make_train_step
-from evf_sam_jax.training_data import TrainingData
+from evf_sam_jax.training_data import TrainingData, batch_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +105,12 @@ class Stage:
         return train_dataset(
             data.mixture,
             tokenizer,
-            self.spec(data),
+            batch_spec(self.experiment, self.config, size, shrink=True),
             seed=seed,
             steps=self.config.steps,
             rows=None if whole else process_rows(self.mesh, size),
             buckets=data.buckets,
         )
-
-    def spec(self, data: TrainingData) -> BatchSpec:
-        """The largest shapes of a batch."""
-        return data.spec(self.experiment, self.config, self.config.batch_size, shrink=True)
 
 
 def make_stage(experiment: ExperimentConfig, config: StageConfig, mesh: Mesh) -> Stage:

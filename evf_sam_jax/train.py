@@ -55,7 +55,7 @@ from evf_sam_jax.sharding import (
 )
 from evf_sam_jax.stage import Stage, make_stage, never_trained
 from evf_sam_jax.train_state import TrainState
-from evf_sam_jax.training_data import TrainingData, open_data
+from evf_sam_jax.training_data import TrainingData, batch_spec, open_data
 
 # Of an image with more phrases, the first are shown.
 PANEL_PHRASES = 3
@@ -345,7 +345,7 @@ def _named(
 def _held_out(stage: Stage, data: TrainingData, tokenizer: Tokenizer) -> Iterator[Batch]:
     experiment = stage.experiment
     size = experiment.evaluation.batch_size
-    spec = data.spec(experiment, stage.config, size, shrink=False)
+    spec = batch_spec(experiment, stage.config, size, shrink=False)
     held = process_rows(stage.mesh, size)
     dataset = eval_dataset(data.held_out, tokenizer, spec, held=held, buckets=data.buckets)
     with iterate(dataset, threads=experiment.data.threads) as batches:

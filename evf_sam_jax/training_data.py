@@ -15,7 +15,13 @@ from data_pipelines.prepared import open_prepared, read_manifest
 from data_pipelines.shapes import ShapesSource
 from data_pipelines.source import IndexedSource, Source
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.experiment import DatasetConfig, ExperimentConfig, ShapesDataConfig, StageConfig
+from evf_sam_jax.experiment import (
+    DatasetConfig,
+    DatasetsConfig,
+    ExperimentConfig,
+    ShapesDataConfig,
+    StageConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +32,12 @@ class TrainingData:
       mixture: what it is trained on.
       held_out: what it is measured on.
       phrases: k, phrases an image.
-      largest: the text length and the canvas that hold all.
       buckets: the shapes to choose from for each batch; None: the largest for all.
     """
 
     mixture: Mixture
     held_out: Source
     phrases: int
-    largest: tuple[int, tuple[int, int]]
     buckets: Buckets | None
 
     def fingerprints(self) -> dict[str, str]:
@@ -42,20 +46,27 @@ class TrainingData:
         named = {**train, "data.held_out": self.held_out}
         return {name: fingerprint(source) for name, source in named.items()}
 
-    def spec(
-        self, config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
-    ) -> BatchSpec:
-        """The shapes of batches; text length and canvas are the largest."""
-        return BatchSpec(
-            batch_size=batch_size,
-            phrases=self.phrases,
-            text_length=self.largest[0],
-            frame=config.model.segmenter.image_size,
-            encoder_size=config.model.encoder.image_size,
-            canvas=self.largest[1],
-            prompts=stage.prompts != "text",
-            shrink=shrink,
-        )
+
+def batch_spec(
+    config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
+) -> BatchSpec:
+    """The largest shapes of batches, as far as they do not depend on what is in the data."""
+    data, model = config.data, config.model
+    if isinstance(data, ShapesDataConfig):
+        phrases, text_length, canvas = data.shapes.phrases, data.text_length, data.canvas
+    else:
+        phrases, text_length = data.phrases, _text_lengths(config, data)[-1]
+        canvas = data.canvases[-1]
+    return BatchSpec(
+        batch_size=batch_size,
+        phrases=phrases,
+        text_length=text_length,
+        frame=model.segmenter.image_size,
+        encoder_size=model.encoder.image_size,
+        canvas=canvas,
+        prompts=stage.prompts != "text",
+        shrink=shrink,
+    )
 
 
 def fingerprint(source: Source) -> str:
@@ -76,8 +87,8 @@ def open_data(config: ExperimentConfig) -> TrainingData:
     if isinstance(data, ShapesDataConfig):
         train = ShapesSource("train", data.shapes)
         held_out = ShapesSource(config.evaluation.split, data.shapes, images)
-        mixture, largest = Mixture((train,), (1.0,)), (data.text_length, data.canvas)
-        return TrainingData(mixture, held_out, data.shapes.phrases, largest, None)
+        mixture = Mixture((train,), (1.0,))
+        return TrainingData(mixture, held_out, data.shapes.phrases, None)
     for entry in data.train:
         if find_dataset(entry.name).evaluation_only:
             raise UserError(
@@ -98,12 +109,14 @@ def open_data(config: ExperimentConfig) -> TrainingData:
             )
     mixture = Mixture(tuple(sources), tuple(entry.weight for entry in data.train))
     together = Mixture(tuple(_first(source, images) for source in held_out), (1.0,) * len(held_out))
-    # No longer than the model has positions for.
+    buckets = Buckets(_text_lengths(config, data), data.canvases)
+    return TrainingData(mixture, together, data.phrases, buckets)
+
+
+def _text_lengths(config: ExperimentConfig, data: DatasetsConfig) -> tuple[int, ...]:
+    """Those asked for, but none longer than the model has positions for."""
     longest = config.model.encoder.max_text_tokens
-    text_lengths = tuple(sorted({min(length, longest) for length in data.text_lengths}))
-    largest = (text_lengths[-1], data.canvases[-1])
-    buckets = Buckets(text_lengths, data.canvases)
-    return TrainingData(mixture, together, data.phrases, largest, buckets)
+    return tuple(sorted({min(length, longest) for length in data.text_lengths}))
 
 
 def open_source(entry: DatasetConfig) -> IndexedSource:

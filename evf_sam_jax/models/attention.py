@@ -5,13 +5,14 @@ gigabyte of them, and on a CPU writing that out and reading it back costs more t
 products do, so they are computed in tiles that stay in the cache (`benchmarks/image_encoder.py`).
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from evf_sam_jax.models.layers import matmul_precision
+from evf_sam_jax.models.layers import matmul_precision, on_each_device
 
 # Scores computed at a time, by backend: 4 MiB of float32 fit a core's cache; an accelerator only
 # needs its memory bounded.
@@ -66,6 +67,19 @@ def attend_square(
       bias_h: added to the scores of all keys in a row of the square.
       bias_w: added to the scores of all keys in a column of the square.
     """
+    attention = on_each_device(functools.partial(_attend_rows, scale=scale))
+    return attention(query, key, value, bias_h, bias_w)
+
+
+def _attend_rows(
+    query: Float[Array, "n t d"],
+    key: Float[Array, "n t d"],
+    value: Float[Array, "n t d"],
+    bias_h: Float[Array, "n t s"],
+    bias_w: Float[Array, "n t s"],
+    *,
+    scale: float,
+) -> Float[Array, "n t d"]:
     n, tokens, width = query.shape
     precision = matmul_precision(query.dtype)
 

@@ -30,6 +30,7 @@ from evf_sam_jax.models.layers import (
     gathering,
     gelu_float32,
     layer_norm,
+    on_each_device,
     scanned,
     split_by_batch,
 )
@@ -369,7 +370,8 @@ class Beit3(nn.Module):
         k = text_ids.shape[1]
         text_ids = text_ids.reshape(-1, text_ids.shape[-1])
         text_valid = text_valid.reshape(text_ids.shape)
-        text = self.text_embed(text_ids)
+        # The gradient of the table adds up on each device, or every word would go to all of them.
+        text = on_each_device(look_up, whole=1)(self.text_embed.embedding, text_ids)
         text = text + positions(self.text_positions, text.shape[1])[None]
         text = jnp.where(text_valid[..., None], text, 0.0).astype(config.dtype)
         vision = None
@@ -389,6 +391,11 @@ READOUT_TOKENS = {
     "image_mean": (slice(None), None),
     "concat": (slice(0, 1), slice(0, 1)),
 }
+
+
+def look_up(table: Float[Array, "v d"], ids: Int[Array, "n t"]) -> Float[Array, "n t d"]:
+    """Returns the rows of a table of embeddings."""
+    return jnp.take(table, ids, axis=0)
 
 
 def positions(table: nn.Embed, tokens: int) -> Float[Array, "t d"]:

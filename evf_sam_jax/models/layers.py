@@ -1,6 +1,6 @@
 """Layers that both towers share, with every numeric constant written at the call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -29,11 +29,9 @@ def gathering(layer: type[nn.Module]) -> type[nn.Module]:
 
     XLA lets them go after it. Without a mesh (`jax.set_mesh`) it is the same layer.
     """
-    return (
-        nn.map_variables(layer, "params", trans_in_fn=_gathered, init=True)
-        if _mesh_axes()
-        else layer
-    )
+    if not mesh_axes():
+        return layer
+    return nn.map_variables(layer, "params", trans_in_fn=_gathered, init=True)
 
 
 def scanned(layer: type[nn.Module], remat: bool | str) -> type[nn.Module]:
@@ -55,13 +53,35 @@ def split_by_batch(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     Otherwise XLA may move activations to where split parameters are, instead of gathering these.
     Without a mesh it does nothing.
     """
-    axes = _mesh_axes()
+    axes = mesh_axes()
     if not axes:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
-def _mesh_axes() -> tuple[str, ...]:
+def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[..., Array]:
+    """Returns a function of arrays that are split by batch, computed by each device for its rows.
+
+    What loops over rows would otherwise bring all of them to every device. Without a mesh, and
+    where rows cannot be shared out (initialisation sees one image), it is the same function.
+
+    Args:
+      whole: how many of the first arguments have no rows, and are whole on every device.
+    """
+
+    def call(*arrays: Array) -> Array:
+        axes = mesh_axes()
+        devices = jax.sharding.get_abstract_mesh().size if axes else 1
+        if devices == 1 or any(x.shape[0] % devices for x in arrays[whole:]):
+            return function(*arrays)
+        rows = PartitionSpec(axes)
+        specs = tuple(PartitionSpec() if i < whole else rows for i in range(len(arrays)))
+        return jax.shard_map(function, in_specs=specs, out_specs=rows)(*arrays)
+
+    return call
+
+
+def mesh_axes() -> tuple[str, ...]:
     """Names of the axes of the mesh that is set where this is traced; none without one."""
     return tuple(jax.sharding.get_abstract_mesh().axis_names)
 
