@@ -15,10 +15,10 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import grain
 import jax
+from etils import epath
 
 from benchmarks import environment
 from configs.shapes import get_config
@@ -82,7 +82,7 @@ def step_alone(stage: Stage, batch: Batch) -> float:
 def in_the_loop(stage: Stage, data: TrainingData, tokenizer: Tokenizer) -> float:
     """Seconds of a step, as the run's own log says."""
     with tempfile.TemporaryDirectory() as folder:
-        workdir = Path(folder)
+        workdir = epath.Path(folder)
         with RunLog(workdir, progress=io.StringIO()) as log, PreemptionNotice() as notice:
             run_stage(stage, data, None, tokenizer, log, workdir, notice)
         lines = (workdir / "metrics.jsonl").read_text().splitlines()

@@ -7,10 +7,10 @@ Differences: examples are batched; each counts once, however many devices there 
 
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int32, UInt8
 
@@ -68,7 +68,7 @@ def evaluate(
     return sums
 
 
-def evaluate_directory(config: ModelEvaluationConfig, workdir: Path) -> IouSums:
+def evaluate_directory(config: ModelEvaluationConfig, workdir: epath.PathLike) -> IouSums:
     """Evaluates a model directory; writes the numbers to a line and to `metrics.jsonl`.
 
     Raises:
@@ -86,6 +86,7 @@ def evaluate_directory(config: ModelEvaluationConfig, workdir: Path) -> IouSums:
         encoder_size=predictor.config.encoder.image_size,
         canvas=(max(source.config.sides), max(source.config.sides)),
     )
+    workdir = epath.Path(workdir)
     make_workdir(workdir, config)
     with (
         RunLog(workdir) as log,

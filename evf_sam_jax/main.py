@@ -10,7 +10,6 @@ Any value of the config can be changed: `--config.stages.referring.steps=100`.
 """
 
 import os
-from pathlib import Path
 
 import jax
 from absl import flags, logging
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> None:
         return plan.print_plan(options.config.to_dict(), *described)
     if not options.workdir:
         raise UserError("--workdir: expected a directory, found nothing")
-    values, workdir = options.config.to_dict(), Path(options.workdir)
+    values, workdir = options.config.to_dict(), epath.Path(options.workdir)
     jax.config.update("jax_compilation_cache_dir", options.compilation_cache or None)
     given = (options.coordinator, options.process_count, options.process_index)
     with processes.joined(processes.find_cluster(*given, os.environ), options.join_timeout):
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
         if options.mode == "train":
             train(experiment_from_dict(values), workdir)
         elif options.mode == "replay":
-            replay(experiment_from_dict(values), epath.Path(workdir))
+            replay(experiment_from_dict(values), workdir)
         else:
             evaluate_directory(evaluation_from_dict(values), workdir)
 

@@ -40,7 +40,7 @@ def save_failure(
       state: as the steps since have left it, none of which changed anything.
       batch: this process's rows of the batch of step `error.step`.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = workdir / FOLDER
     if jax.process_index() == 0 and folder.exists():
         folder.rmtree()  # of an earlier try
     with ocp.StandardCheckpointer() as checkpointer:
@@ -64,7 +64,7 @@ def replay(experiment: ExperimentConfig, workdir: epath.Path) -> bool:
     Raises:
       UserError: the run has no failure on record.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = workdir / FOLDER
     try:
         record = json.loads((folder / "failure.json").read_text())
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,20 @@ from typing import Any, TextIO
 
 import numpy as np
 import tensorboardX
+from etils import epath
 from jaxtyping import Int32, UInt8
 
+from data_pipelines.prepared import is_remote
 from evf_sam_jax.errors import UserError
 
-_CONFIG, _DATA, _METRICS = "config.json", "data.json", "metrics.jsonl"
+_CONFIG, _DATA = "config.json", "data.json"
+_METRICS, _SKIPPED = "metrics.jsonl", "skipped.jsonl"
+_COPY_SECONDS = 60
 
 
-def make_workdir(workdir: Path, config: Any, data: Mapping[str, str] | None = None) -> None:
+def make_workdir(
+    workdir: epath.PathLike, config: Any, data: Mapping[str, str] | None = None
+) -> None:
     """Makes a run's directory, with the values of its config (a dataclass) in `config.json`.
 
     Args:
@@ -26,6 +33,7 @@ def make_workdir(workdir: Path, config: Any, data: Mapping[str, str] | None = No
     Raises:
       UserError: it holds something already, or cannot be made.
     """
+    workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = sorted(path.name for path in workdir.iterdir())
@@ -46,7 +54,7 @@ FREE = ("log_every", "profile_every", "checkpoints", "evaluation", "data.workers
 RESHAPING = ("mesh",)
 
 
-def resume_workdir(workdir: Path, config: Any, data: Mapping[str, str]) -> list[str]:
+def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]) -> list[str]:
     """Checks that the run in a directory is one of this config and this data.
 
     Args:
@@ -58,6 +66,7 @@ def resume_workdir(workdir: Path, config: Any, data: Mapping[str, str]) -> list[
     Raises:
       UserError: it holds something else, or another run; the first difference is named.
     """
+    workdir = epath.Path(workdir)
     if not (workdir / _CONFIG).exists():
         found = sorted(path.name for path in workdir.iterdir())
         raise UserError(
@@ -104,16 +113,29 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 class RunLog:
     """Writes every number twice: to `metrics.jsonl`, a line a step, and as TensorBoard events.
 
-    Of several processes only the first writes.
+    Of several processes only the first writes. Files in a bucket cannot be appended to, so there
+    they are copies of local ones, made once a minute and at the end.
     """
 
-    def __init__(self, workdir: Path, progress: TextIO | None = None, silent: bool = False):
-        self._workdir = workdir
+    def __init__(
+        self, workdir: epath.PathLike, progress: TextIO | None = None, silent: bool = False
+    ):
+        workdir = epath.Path(workdir)
         self._progress = sys.stdout if progress is None else progress
         self._file = self._events = None
-        if not silent:
-            self._file = open(workdir / _METRICS, "a", encoding="utf-8")
-            self._events = tensorboardX.SummaryWriter(str(workdir), write_to_disk=True)
+        self._bucket = self._scratch = None
+        self._copied = time.monotonic()
+        if silent:
+            return
+        self._local = Path(workdir)
+        if is_remote(workdir):
+            self._bucket, self._scratch = workdir, tempfile.TemporaryDirectory()
+            self._local = Path(self._scratch.name)
+            for name in (_METRICS, _SKIPPED):
+                if (workdir / name).exists():  # a run that goes on
+                    (workdir / name).copy(self._local / name)
+        self._file = open(self._local / _METRICS, "a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(str(self._local), write_to_disk=True)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -122,6 +144,16 @@ class RunLog:
         if self._file is not None and self._events is not None:
             self._file.close()
             self._events.close()
+            self._copy()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _copy(self) -> None:
+        """Brings a bucket up to date."""
+        if self._bucket is not None:
+            for path in self._local.iterdir():
+                epath.Path(path).copy(self._bucket / path.name, overwrite=True)
+            self._copied = time.monotonic()
 
     def forget_after(self, stages: Sequence[str], step: int) -> None:
         """Drops from `metrics.jsonl` what a run will do again.
@@ -133,7 +165,7 @@ class RunLog:
         if self._file is None:
             return
         kept = []
-        for line in (self._workdir / _METRICS).read_text(encoding="utf-8").splitlines():
+        for line in (self._local / _METRICS).read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:  # the line that a kill cut off
@@ -155,12 +187,14 @@ class RunLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if time.monotonic() - self._copied > _COPY_SECONDS:
+            self._copy()
 
     def skipped(self, record: Mapping[str, Any]) -> None:
         """Writes a line about an example that could not be read."""
         if self._file is None:
             return
-        with open(self._workdir / "skipped.jsonl", "a", encoding="utf-8") as file:
+        with open(self._local / _SKIPPED, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record)) + "\n")
 
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -9,6 +9,7 @@ A run's directory holds `config.json`, `metrics.jsonl`, TensorBoard events, `ski
 import collections
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from PIL import Image
 from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
 from data_pipelines.eval_pipeline import EvalRows, eval_dataset, eval_rows
+from data_pipelines.prepared import is_remote
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.checkpoints import FOLDER as CHECKPOINTS
@@ -63,7 +65,7 @@ PANEL_PHRASES = 3
 PROFILED_STEPS = 3
 
 
-def train(config: ExperimentConfig, workdir: Path) -> IouSums | None:
+def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
     """Trains all stages and writes the model directory; goes on where the run stopped before.
 
     Returns:
@@ -78,6 +80,7 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums | None:
         tokenizer_directory(config.init), config.model.encoder.max_text_tokens
     )
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
+    workdir = epath.Path(workdir)
     stages = make_stages(config, make_mesh(config.mesh))
     data = open_data(config)
     first = jax.process_index() == 0
@@ -87,7 +90,7 @@ def train(config: ExperimentConfig, workdir: Path) -> IouSums | None:
             log.line(f"going on with another mesh: {note}")
         shapes = param_shapes(config.model)
         log.line(parameter_overview.get_parameter_overview(shapes, include_stats=False))
-        if (workdir / "model").exists():
+        if (workdir / "model" / "manifest.json").exists():
             log.line(f"finished before: {workdir / 'model'}")
             return None
         begun = [stage for stage in stages if (workdir / CHECKPOINTS / stage.config.name).exists()]
@@ -113,7 +116,7 @@ def run_stage(
     params: Params | None,
     tokenizer: Tokenizer,
     log: RunLog,
-    workdir: Path,
+    workdir: epath.Path,
     notice: PreemptionNotice,
 ) -> tuple[Params, IouSums]:
     """Trains one stage, from its newest checkpoint if it has one.
@@ -129,7 +132,7 @@ def run_stage(
     skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(epath.Path(workdir), name, experiment.checkpoints) as checkpoints,
+        Checkpoints(workdir, name, experiment.checkpoints) as checkpoints,
     ):
         restored = checkpoints.restore(stage.shapes, log.line)
         state = stage.create(_placed(stage, params)) if restored is None else restored
@@ -178,7 +181,7 @@ def run_stage(
                         progress.drain()
                 except NotFinite as error:
                     failed = next(one for number, one in recent if number == error.step)
-                    folder = save_failure(epath.Path(workdir), stage, state, failed, error)
+                    folder = save_failure(workdir, stage, state, failed, error)
                     raise UserError(
                         f"{error}; state and batch are in {folder}, for --mode replay"
                     ) from None
@@ -204,7 +207,7 @@ def finish(
     params: Params,
     tokenizer: Tokenizer,
     log: RunLog,
-    workdir: Path,
+    workdir: epath.Path,
 ) -> None:
     """Writes the model directory, and the panel of predictions."""
     if jax.process_count() > 1:
@@ -213,20 +216,22 @@ def finish(
     if jax.process_index() == 0:
         leaves, manifest, passthrough = finished_model(config, params, never_trained(config))
         tokenizer_dir = tokenizer_directory(config.init)
-        write_model_dir(workdir / "model", leaves, manifest, tokenizer_dir, passthrough)
+        with _local_directory(workdir / "model") as local:
+            write_model_dir(local, leaves, manifest, tokenizer_dir, passthrough)
         log.line(f"model directory: {workdir / 'model'}")
         examples = list(_shown(data, tokenizer, config.evaluation.panel_images))
         if examples:
             host = jax.tree.map(np.asarray, params)
             picture = prediction_panel(Predictor(config.model, host, tokenizer), examples)
-            Image.fromarray(picture).save(workdir / "panel.png")
+            with (workdir / "panel.png").open("wb") as file:
+                Image.fromarray(picture).save(file, format="PNG")
             log.image(config.stages[-1].steps, f"{config.stages[-1].name}/panel", picture)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("finished")
 
 
 def _open_workdir(
-    config: ExperimentConfig, workdir: Path, data: TrainingData, stages: list[Stage]
+    config: ExperimentConfig, workdir: epath.Path, data: TrainingData, stages: list[Stage]
 ) -> list[str]:
     """Makes the run's directory or finds the run in it; all processes come to the same answer.
 
@@ -242,7 +247,8 @@ def _open_workdir(
                 notes = resume_workdir(workdir, config, fingerprints)
             else:
                 make_workdir(workdir, config, fingerprints)
-                require_space(workdir / "model", _bytes_on_disk(config, stages))
+                if not is_remote(workdir):
+                    require_space(workdir / "model", _bytes_on_disk(config, stages))
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1:
@@ -252,6 +258,24 @@ def _open_workdir(
     if problem:
         raise UserError(problem)
     return notes
+
+
+@contextlib.contextmanager
+def _local_directory(path: epath.Path) -> Iterator[Path]:
+    """Where to write a directory: at its place, or for a bucket beside it and copied there."""
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / path.name
+        yield local
+        # The manifest last: with it the directory counts as whole.
+        files = sorted(local.rglob("*"), key=lambda file: file.name == "manifest.json")
+        for file in files:
+            if file.is_file():
+                target = path / file.relative_to(local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                epath.Path(file).copy(target, overwrite=True)
 
 
 def _bytes_on_disk(config: ExperimentConfig, stages: list[Stage]) -> int:
@@ -301,7 +325,7 @@ def _progress(stage: Stage, log: RunLog, start: int, batch: Batch) -> Progress:
 class _Profiler:
     """Profiles some steps every so often, never the first, which compiles."""
 
-    def __init__(self, directory: Path, every: int, start: int):
+    def __init__(self, directory: epath.Path, every: int, start: int):
         self._directory, self._every, self._first = directory, every, start + 2
         self._until = 0
 
