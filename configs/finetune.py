@@ -52,12 +52,12 @@ def get_config(argument: str | None = None) -> ConfigDict:
         prompts="text",
         steps=arguments["steps"],
         batch_size=arguments["batch_size"],
-        trainable=[
+        trainable=(
             ("(encoder|projector)/.*", True),
             ("segmenter/mask_decoder/.*", True),
             ("segmenter/prompt_encoder/no_mask_embed", True),
             ("segmenter/.*", False),
-        ],
+        ),
         optimizer=dict(
             learning_rate=arguments["learning_rate"], schedule="cosine", warmup_steps=20
         ),

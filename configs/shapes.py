@@ -88,34 +88,34 @@ def get_config(argument: str | None = None) -> ConfigDict:
         prompts="points_and_boxes",
         steps=800,
         batch_size=16,
-        trainable=[
+        trainable=(
             # The random Fourier features of positions are a constant of SAM.
             (".*/positional_encoding_gaussian_matrix", False),
             ("segmenter/.*", True),
             ("(encoder|projector)/.*", False),
-        ],
+        ),
         optimizer=dict(
             learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=100,
-            rate_rules=[("segmenter/image_encoder/.*", 0.25), (".*", 1.0)],
+            rate_rules=(("segmenter/image_encoder/.*", 0.25), (".*", 1.0)),
         ),
     )
     config.stages.referring = dict(
         prompts="text",
         steps=4000,
         batch_size=16,
-        trainable=[
+        trainable=(
             ("(encoder|projector)/.*", True),
             ("segmenter/mask_decoder/.*", True),
             ("segmenter/prompt_encoder/no_mask_embed", True),
             ("segmenter/.*", False),
-        ],
+        ),
         optimizer=dict(
             learning_rate=6e-4,
             schedule="cosine",
             warmup_steps=100,
-            rate_rules=[("encoder/.*", 0.5), (".*", 1.0)],
+            rate_rules=(("encoder/.*", 0.5), (".*", 1.0)),
         ),
     )
 

@@ -127,6 +127,7 @@ def convert(path: Path, image_size: int | None = None) -> Conversion:
         shapes=leaf_shapes(_section(config)),
         checkpoint=dataclasses.replace(checkpoint, tensors=tensors),
         where=str(path),
+        tokenizer_dir=path.parent,  # beit3.spm is published beside the checkpoints
         notes=tuple(notes),
     )
 

@@ -142,7 +142,7 @@ def _notes(conversion: Conversion, manifest: Manifest) -> list[str]:
         )
     if conversion.tokenizer_dir is not None and not manifest.has_tokenizer:
         notes.append(
-            f"{conversion.tokenizer_dir} has no tokenizer (sentencepiece.bpe.model): only token "
+            f"{conversion.tokenizer_dir} has no tokenizer ({' or '.join(MODEL_FILES)}): only token "
             "ids can be used with this model, not texts"
         )
     return notes

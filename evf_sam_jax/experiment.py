@@ -215,8 +215,8 @@ class InitConfig:
       encoder: a directory of a foundation encoder (`python -m convert beit3`), with its tokenizer.
       segmenter: a directory of a foundation segmenter (`python -m convert sam`).
       scale: (regex, factor) over all parameters, on top of all that.
-      frozen_dtype: what frozen parameters are cast to when they are read, "float32" or "bfloat16";
-        the model that is written in the end has them as they were.
+      frozen_dtype: what matrices that no stage trains are cast to when they are read, "float32" or
+        "bfloat16"; the model that is written in the end has them as they were.
     """
 
     model: str = ""

@@ -34,13 +34,13 @@ from evf_sam_jax.param_rules import Params, match_rules
 def initial_params(
     config: ExperimentConfig,
     shardings: Mapping[str, NamedSharding] | None = None,
-    frozen: frozenset[str] = frozenset(),
+    cast: frozenset[str] = frozenset(),
 ) -> Params:
     """All parameters, each times its factor in `init.scale`.
 
     Args:
       shardings: where the leaf of each '/'-path lives; None: on the default device.
-      frozen: paths of those that are cast to `init.frozen_dtype`; all others are float32.
+      cast: paths of those that `init.frozen_dtype` is for; all others are float32.
 
     Raises:
       UserError: a directory has not the parameters that the model needs.
@@ -50,7 +50,7 @@ def initial_params(
     directories = init_directories(config.init)
 
     def dtype(path: str) -> str:
-        return config.init.frozen_dtype if path in frozen else "float32"
+        return config.init.frozen_dtype if path in cast else "float32"
 
     leaves: dict[str, Any] = {}
     for key, (directory, pattern) in directories.items():
@@ -88,7 +88,7 @@ def tokenizer_directory(init: InitConfig) -> Path:
 
 
 def finished_model(
-    config: ExperimentConfig, params: Params, frozen: frozenset[str]
+    config: ExperimentConfig, params: Params, cast: frozenset[str]
 ) -> tuple[dict[str, Any], Manifest, dict[str, np.ndarray]]:
     """What a model directory is written from at the end of a run.
 
@@ -97,7 +97,7 @@ def finished_model(
 
     Args:
       params: arrays, or functions that return one.
-      frozen: paths that no stage has trained.
+      cast: paths of those that `init.frozen_dtype` is for.
 
     Returns:
       Parameters by path, the manifest, and passthrough tensors.
@@ -110,7 +110,7 @@ def finished_model(
         factors = match_rules(config.init.scale, leaves, "init.scale")
         for directory, pattern in directories.values():
             for path in leaves:
-                if path in frozen and re.match(pattern, path) and factors[path] == 1:
+                if path in cast and re.match(pattern, path) and factors[path] == 1:
                     leaves[path] = functools.partial(_read_one, directory, path)
     if config.init.model:
         source = read_manifest(config.init.model)

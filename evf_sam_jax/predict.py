@@ -36,13 +36,6 @@ TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 
 TILE = 512  # side of the tiles that the output is computed in, in pixels
 
-# What a tensor of matrix products is called; all others (norms, biases, positional encodings, the
-# neck, the mask decoder) stay float32 in a bfloat16 model: they are small, and rounding them costs
-# accuracy.
-MATRICES = (
-    r"(encoder|projector|segmenter/image_encoder/(?!neck/).*)/.*kernel|encoder/text_embed/embedding"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
@@ -129,7 +122,9 @@ class Predictor:
         _check_parameters(path, config)
 
         def place(name: str, leaf: np.ndarray) -> jax.Array:
-            return jax.device_put(leaf.astype(dtype if re.fullmatch(MATRICES, name) else "float32"))
+            return jax.device_put(
+                leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, name) else "float32")
+            )
 
         return cls(config, model_dir.load_params(path, place=place), tokenizer)
 

@@ -69,7 +69,13 @@ def replay(experiment: ExperimentConfig, workdir: epath.Path) -> bool:
         record = json.loads((folder / "failure.json").read_text())
     except FileNotFoundError:
         raise UserError(f"--workdir {workdir}: expected a run that failed, found none") from None
-    config = next(one for one in experiment.stages if one.name == record["stage"])
+    named = {one.name: one for one in experiment.stages}
+    if record["stage"] not in named:
+        raise UserError(
+            f"--config: expected the stage {record['stage']} of the failed run, found "
+            f"{', '.join(named)}"
+        )
+    config = named[record["stage"]]
     mesh = make_mesh(experiment.mesh)
     stage = make_stage(experiment, config, mesh)
     with ocp.StandardCheckpointer() as checkpointer:

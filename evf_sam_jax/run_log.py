@@ -1,13 +1,14 @@
 """A run's directory, and where its numbers go: progress, `metrics.jsonl`, TensorBoard events."""
 
 import dataclasses
+import io
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import tensorboardX
@@ -18,6 +19,7 @@ from data_pipelines.prepared import is_remote
 from evf_sam_jax.errors import UserError
 
 _CONFIG, _DATA = "config.json", "data.json"
+_PARTIAL = ".partial"
 _METRICS, _SKIPPED = "metrics.jsonl", "skipped.jsonl"
 _COPY_SECONDS = 60
 
@@ -36,20 +38,37 @@ def make_workdir(
     workdir = epath.Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        found = sorted(path.name for path in workdir.iterdir())
+        found = run_files(workdir)
         if found:
             what = "another run" if _CONFIG in found else f"{found[0]!r}"
             raise UserError(f"--workdir {workdir}: expected a new or empty directory, found {what}")
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (workdir / _DATA).write_text(json.dumps(data or {}, indent=2) + "\n", encoding="utf-8")
-        # The last: what has it is a run.
-        (workdir / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        # The last, and whole: what has it is a run.
+        partial = workdir / (_CONFIG + _PARTIAL)
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(workdir / _CONFIG)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
 
 
+def run_files(workdir: epath.PathLike) -> list[str]:
+    """What a directory holds, but for what a kill leaves before a run has begun in it."""
+    found = sorted(path.name for path in epath.Path(workdir).iterdir())
+    return [] if set(found) <= {_DATA, _CONFIG + _PARTIAL} else found
+
+
 # What may change between two parts of a run: it changes neither the numbers nor their order.
-FREE = ("log_every", "profile_every", "checkpoints", "evaluation", "data.workers", "data.threads")
+FREE = (
+    "log_every",
+    "profile_every",
+    "checkpoints",
+    "evaluation.batch_size",
+    "evaluation.every",
+    "evaluation.panel_images",
+    "data.workers",
+    "data.threads",
+)
 # Likewise up to rounding; it is said.
 RESHAPING = ("mesh",)
 
@@ -79,6 +98,10 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir {workdir}: expected a run, found it damaged: {error}") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not isinstance(before, dict) or "stages" not in before:
+        raise UserError(
+            f"--workdir {workdir}: expected a training run, found a run of another kind"
+        )
     reshaped = []
     for key, old, new in _differences(before, now):
         if key.startswith(RESHAPING):
@@ -118,7 +141,7 @@ class RunLog:
     """
 
     def __init__(
-        self, workdir: epath.PathLike, progress: TextIO | None = None, silent: bool = False
+        self, workdir: epath.PathLike, progress: io.TextIOBase | None = None, silent: bool = False
     ):
         workdir = epath.Path(workdir)
         self._progress = sys.stdout if progress is None else progress
@@ -174,9 +197,12 @@ class RunLog:
             again = stage in stages[1:] or (stage == stages[0] and record["step"] > step)
             if not again:
                 kept.append(line + "\n")
-        self._file.truncate(0)
-        self._file.write("".join(kept))
-        self._file.flush()
+        # Whole or not at all: a kill now must not lose what is kept.
+        partial = self._local / (_METRICS + _PARTIAL)
+        partial.write_text("".join(kept), encoding="utf-8")
+        self._file.close()
+        partial.replace(self._local / _METRICS)
+        self._file = open(self._local / _METRICS, "a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers under names such as "referring/val_ciou"."""

@@ -5,6 +5,7 @@ The loop, the plan and the replay of a failure build the same step from here.
 
 import dataclasses
 import functools
+import re
 from typing import Any, cast
 
 import grain
@@ -18,7 +19,7 @@ from data_pipelines.train_pipeline import train_dataset
 from evf_sam_jax.experiment import ExperimentConfig, StageConfig
 from evf_sam_jax.flops import step_flops, without_remat
 from evf_sam_jax.model_dir import nest, path_leaves
-from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
+from evf_sam_jax.models.evf_sam import MATRICES, EvfSamConfig, param_shapes
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.sharding import Placement, check_batch_size, place, process_rows, replicated
@@ -123,7 +124,7 @@ def make_stage(experiment: ExperimentConfig, config: StageConfig, mesh: Mesh) ->
     check_batch_size(mesh, key, config.batch_size, config.accumulate)
     check_batch_size(mesh, "evaluation.batch_size", experiment.evaluation.batch_size)
     trainable, frozen = split_params(param_shapes(experiment.model), config.trainable)
-    cast = never_trained(experiment)
+    cast = cast_when_frozen(experiment)
     dtype = experiment.init.frozen_dtype
     frozen = nest(
         {
@@ -148,6 +149,11 @@ def never_trained(experiment: ExperimentConfig) -> frozenset[str]:
     for stage in experiment.stages:
         trained |= path_leaves(split_params(shapes, stage.trainable)[0]).keys()
     return frozenset(path_leaves(shapes).keys() - trained)
+
+
+def cast_when_frozen(experiment: ExperimentConfig) -> frozenset[str]:
+    """Paths of the parameters that `init.frozen_dtype` is for: matrices that no stage trains."""
+    return frozenset(path for path in never_trained(experiment) if re.fullmatch(MATRICES, path))
 
 
 def on_devices(config: EvfSamConfig, devices: int) -> EvfSamConfig:

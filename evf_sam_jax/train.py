@@ -27,8 +27,7 @@ from data_pipelines.eval_pipeline import EvalRows, eval_dataset, eval_rows
 from data_pipelines.prepared import is_remote
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate
-from evf_sam_jax.checkpoints import FOLDER as CHECKPOINTS
-from evf_sam_jax.checkpoints import Checkpoints
+from evf_sam_jax.checkpoints import Checkpoints, is_begun
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.experiment import ExperimentConfig
@@ -47,6 +46,7 @@ from evf_sam_jax.run_log import (
     SkippedLog,
     make_workdir,
     resume_workdir,
+    run_files,
 )
 from evf_sam_jax.sharding import (
     check_placement,
@@ -55,7 +55,7 @@ from evf_sam_jax.sharding import (
     process_rows,
     put_batch,
 )
-from evf_sam_jax.stage import Stage, make_stage, never_trained
+from evf_sam_jax.stage import Stage, cast_when_frozen, make_stage
 from evf_sam_jax.train_state import TrainState
 from evf_sam_jax.training_data import TrainingData, batch_spec, open_data
 
@@ -93,7 +93,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
         if (workdir / "model" / "manifest.json").exists():
             log.line(f"finished before: {workdir / 'model'}")
             return None
-        begun = [stage for stage in stages if (workdir / CHECKPOINTS / stage.config.name).exists()]
+        begun = [stage for stage in stages if is_begun(workdir, stage.config.name)]
         current = stages.index(begun[-1]) if begun else 0
         params: Params | None = None
         sums = IouSums()
@@ -214,7 +214,7 @@ def finish(
         # A leaf at a time, since not all of it is here.
         params = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)
     if jax.process_index() == 0:
-        leaves, manifest, passthrough = finished_model(config, params, never_trained(config))
+        leaves, manifest, passthrough = finished_model(config, params, cast_when_frozen(config))
         tokenizer_dir = tokenizer_directory(config.init)
         with _local_directory(workdir / "model") as local:
             write_model_dir(local, leaves, manifest, tokenizer_dir, passthrough)
@@ -243,12 +243,12 @@ def _open_workdir(
     if jax.process_index() == 0:
         try:
             fingerprints = data.fingerprints()
-            if workdir.is_dir() and any(workdir.iterdir()):
+            if workdir.is_dir() and run_files(workdir):
                 notes = resume_workdir(workdir, config, fingerprints)
             else:
-                make_workdir(workdir, config, fingerprints)
                 if not is_remote(workdir):
                     require_space(workdir / "model", _bytes_on_disk(config, stages))
+                make_workdir(workdir, config, fingerprints)
         except UserError as error:
             problem = str(error)
     if jax.process_count() > 1:
@@ -298,7 +298,7 @@ def _placed(stage: Stage, params: Params | None) -> Params:
     places = merge(stage.placement.state.trainable, stage.placement.state.frozen)
     if params is not None:
         return jax.tree.map(jax.device_put, params, places)
-    return initial_params(stage.experiment, path_leaves(places), never_trained(stage.experiment))
+    return initial_params(stage.experiment, path_leaves(places), cast_when_frozen(stage.experiment))
 
 
 def _describe(stage: Stage, state: TrainState, start: int, log: RunLog) -> None:

@@ -80,7 +80,9 @@ def module_sources(module: str) -> list[Path]:
     """The files that can define a command's flags: the module, or all of a package."""
     path = ROOT.joinpath(*module.split("."))
     if path.with_suffix(".py").exists():
-        return [path.with_suffix(".py")]
+        main = ROOT / "evf_sam_jax" / "main.py"
+        extra = ("processes.py", "plan.py") if path.with_suffix(".py") == main else ()
+        return [path.with_suffix(".py"), *(main.with_name(name) for name in extra)]
     return sorted(path.glob("*.py")) if (path / "__main__.py").exists() else []
 
 

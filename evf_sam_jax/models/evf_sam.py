@@ -93,6 +93,14 @@ def checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
     return dict(values)
 
 
+# What a tensor of matrix products is called; all others (norms, biases, positional encodings, the
+# neck, the mask decoder) stay float32 in a bfloat16 model: they are small, and rounding them costs
+# accuracy.
+MATRICES = (
+    r"(encoder|projector|segmenter/image_encoder/(?!neck/).*)/.*kernel|encoder/text_embed/embedding"
+)
+
+
 def with_dtype(config: EvfSamConfig, dtype: str) -> EvfSamConfig:
     """Returns `config` with activations and matrix products of both towers in `dtype`."""
     return dataclasses.replace(

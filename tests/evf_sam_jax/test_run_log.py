@@ -26,15 +26,16 @@ def write(directory: Path, first: int, last: int, silent: bool = False) -> str:
 
 
 def test_a_run_that_goes_on_forgets_what_it_will_do_again(tmp_path: Path):
+    with RunLog(tmp_path, progress=io.StringIO()) as log:
+        log.scalars(9, {"pretrain/loss": 1.0})
     write(tmp_path, 1, 5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1, "after/loss": 1.0}\n')
         file.write('{"step": 6, "ti')  # the line that a kill cut off
     with RunLog(tmp_path, progress=io.StringIO()) as log:
-        log.scalars(2, {"pretrain/loss": 1.0})
-        log.scalars(9, {"after/loss": 1.0})
         log.forget_after(["referring", "after"], 3)
         log.scalars(4, {"referring/loss": 0.5})
-    assert steps(tmp_path) == [1, 2, 3, 2, 4]
+    assert steps(tmp_path) == [9, 1, 2, 3, 4]
 
 
 def test_of_several_processes_one_writes(tmp_path: Path):

@@ -1,0 +1,243 @@
+"""What the paper's recipes share: arguments, foundations, data sets, optimizer, mesh.
+
+Reference: the paper's section 4.2 and, where it is silent, the defaults of LISA's `train_ds.py`,
+from which hustvl/EVF-SAM descends; its own training script was never released.
+
+Differences:
+  - Every image of a data set comes once an epoch of it; the original draws with replacement.
+  - `overlap=sum` gives the original's targets, which exceed 1 where parts of an object overlap.
+  - The model of the last step is handed on, and the best checkpoint by cIoU is kept beside it; LISA
+    selects by gIoU.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.arguments import parse_arguments
+from data_pipelines.source import SEMANTIC_PREFIX
+from data_pipelines.tokenizers import load_tokenizer
+
+# Who split the refs -> the data set's name (data_pipelines/refer.py).
+_REFER_SETS = {
+    "refclef": {"unc": "refclef", "berkeley": "refclef_berkeley"},
+    "refcoco": {"unc": "refcoco", "google": "refcoco_google"},
+    "refcoco+": {"unc": "refcoco+"},
+    "refcocog": {"umd": "refcocog", "google": "refcocog_google"},
+}
+_EVALUATION_SPLITS = {
+    "refcoco": ("val", "testA", "testB"),
+    "refcoco_google": ("val", "test"),
+    "refcoco+": ("val", "testA", "testB"),
+    "refcocog": ("val", "test"),
+    "refcocog_google": ("val",),
+}
+
+_ARGUMENTS: dict[str, Any] = dict(
+    # What a run begins with: converted foundations, or a whole model.
+    foundations="",
+    encoder=("beit3_large", "beit3_base"),
+    segmenter=("sam_vit_h", "sam_vit_l", "sam_vit_b"),
+    model="",
+    # Data: the folder that holds `refer_seg`, or what `data_pipelines.prepare` wrote.
+    data="",
+    refclef=("unc", "berkeley", "none"),
+    refcoco=("unc", "google"),
+    refcocog=("umd", "google"),
+    overlap=("union", "sum"),
+    strict=False,
+    phrases=3,
+    workers=0,
+    # What is trained: the flags of the paper's Table 4, and a regex over '/'-paths for more.
+    train_encoder=True,
+    train_mask_decoder=True,
+    train_prompt_encoder=True,
+    also_train="",
+    # Training
+    steps=15_000,
+    batch_size=128,
+    accumulate=2,
+    # Devices
+    fsdp=1,
+    zero_stage=(2, 1, 3),
+)
+_HELD_OUT = ("refcoco", "refcoco+", "refcocog")
+
+
+def parse_recipe(
+    argument: str | None, held_out: tuple[str, ...] = _HELD_OUT, **own: Any
+) -> dict[str, Any]:
+    """Returns the arguments of a recipe.
+
+    Args:
+      argument: what follows the config file's name.
+      held_out: data sets of whose val split images may be measured on while it trains; the first by
+        default.
+      **own: further arguments of the recipe, as `parse_arguments` expects them.
+
+    Raises:
+      ValueError: an argument is not possible, or it is not said what to begin with or where the
+        data is.
+    """
+    arguments = parse_arguments(argument, **_ARGUMENTS, held_out=held_out, **own)
+    if not arguments["data"]:
+        raise ValueError("config argument 'data': expected a directory, found nothing")
+    begins = [name for name in ("foundations", "model") if arguments[name]]
+    if len(begins) != 1:
+        found = "both" if begins else "neither"
+        raise ValueError(
+            "config arguments 'foundations' and 'model': expected a directory for one of them, "
+            f"found {found}"
+        )
+    return arguments
+
+
+def dataset(arguments: Mapping[str, Any], name: str, weight: float, **rules: Any) -> dict[str, Any]:
+    """The train split of a data set, drawn by weight."""
+    rules = {"overlap": arguments["overlap"], **rules}
+    return dict(name=name, root=arguments["data"], split="train", weight=weight, rules=rules)
+
+
+def refer_datasets(arguments: Mapping[str, Any], weight: float) -> list[dict[str, Any]]:
+    """The train splits of RefCLEF, RefCOCO, RefCOCO+ and RefCOCOg, drawn from evenly.
+
+    Args:
+      weight: of all of them together; 0 gives none.
+    """
+    names = [_split_by(arguments, family) for family in _REFER_SETS]
+    names = [name for name in names if name is not None] if weight else []
+    return [dataset(arguments, name, weight / len(names)) for name in names]
+
+
+def make_recipe(
+    arguments: Mapping[str, Any],
+    train: Sequence[Mapping[str, Any]],
+    canvases: tuple[tuple[int, int], ...],
+    held_out_rules: Mapping[str, Any] | None = None,
+) -> ConfigDict:
+    """Returns the values of an experiment that trains on these data sets as the paper does.
+
+    Args:
+      train: the data sets, as `dataset` gives them.
+      canvases: heights and widths that hold images at their original size.
+      held_out_rules: how the held-out data set is read, where not as the original does.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.log_every = 20
+    # Steps between two profiles; 0: none.
+    config.profile_every = 0
+
+    # Model: sizes come with the directories; whatever they have not, here the projector, is drawn.
+    config.model = ConfigDict()
+    config.model.encoder = dict(dtype="bfloat16", remat=True)
+    config.model.segmenter = dict(dtype="bfloat16", encoder_chunk=1)
+    config.init = dict(model=arguments["model"], encoder="", segmenter="", frozen_dtype="bfloat16")
+    if arguments["foundations"]:
+        for tower in ("encoder", "segmenter"):
+            config.init[tower] = f"{arguments['foundations']}/{arguments[tower]}"
+
+    # Data
+    name, root = arguments["held_out"], arguments["data"]
+    held_out = dict(name=_split_by(arguments, name) or name, root=root, split="val")
+    config.data = ConfigDict()
+    config.data.train = list(train)
+    config.data.held_out = [dict(held_out, rules=dict(held_out_rules or {}))]
+    config.data.exclude_images_of = _evaluation_datasets(arguments) if arguments["strict"] else []
+    config.data.phrases = arguments["phrases"]
+    config.data.text_lengths = (16, 32, 64, 128)
+    config.data.canvases = canvases
+    config.data.max_skipped = 100
+    config.data.workers = arguments["workers"]
+    # A batch of 128 images is 0.6 GB: more threads would hold more of them.
+    config.data.threads = 4
+
+    # Training. `trainable` is a tuple, since no list can be given on the command line.
+    batch_size, accumulate = arguments["batch_size"], arguments["accumulate"]
+    config.stages = ConfigDict()
+    config.stages.refer = dict(
+        prompts="text",
+        steps=arguments["steps"],
+        batch_size=batch_size,
+        accumulate=accumulate,
+        trainable=_trainable(arguments),
+        optimizer=dict(
+            learning_rate=1e-4,
+            schedule="linear",
+            warmup_steps=100,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            clip_norm=1.0,
+        ),
+        loss=dict(bce=1.0, dice=1.0),
+    )
+
+    # Devices and checkpoints
+    config.mesh = dict(
+        data=0,
+        fsdp=arguments["fsdp"],
+        zero_stage=arguments["zero_stage"],
+        # Stage 3 would gather the image encoder for every chunk of images: it stays whole.
+        rules=(("segmenter/image_encoder/.*", "replicated"), (".*", "fsdp")),
+    )
+    config.checkpoints = dict(every=500, keep=2, keep_best=1)
+
+    # Evaluation, of as many images at a time as a part of a training batch has: where the one can
+    # be split over the devices, the other can.
+    config.evaluation = dict(
+        images=256, batch_size=batch_size // max(1, accumulate), every=500, panel_images=4
+    )
+    return config
+
+
+def require_semantic_token(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if the tokenizer would spell out `[semantic]`, one token in the original.
+
+    A directory that is not there is left to whoever reads it.
+    """
+    directory = arguments["model"] or f"{arguments['foundations']}/{arguments['encoder']}"
+    folder = Path(directory) / "tokenizer"
+    if not folder.exists():
+        return
+    tokenizer = load_tokenizer(folder)
+    token = SEMANTIC_PREFIX.strip()
+    if len(tokenizer.encode(token)) != 3:  # between <s> and </s>
+        added = f'{{"{token}": {tokenizer.vocab_size}}}'
+        raise ValueError(
+            f"{folder / 'added_tokens.json'}: expected the token {token}, as in {added}, found none"
+        )
+
+
+def _split_by(arguments: Mapping[str, Any], family: str) -> str | None:
+    """The name of a data set of RefCOCO's family in the split asked for; None: it is left out."""
+    names = _REFER_SETS.get(family, {})
+    if len(names) == 1:
+        return next(iter(names.values()))
+    return names.get(arguments.get(family, ""))
+
+
+def _evaluation_datasets(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All splits of RefCOCO, RefCOCO+ and RefCOCOg that scores are reported of."""
+    names = [_split_by(arguments, family) for family in _HELD_OUT]
+    return [
+        dict(name=name, root=arguments["data"], split=split)
+        for name in names
+        if name is not None
+        for split in _EVALUATION_SPLITS[name]
+    ]
+
+
+def _trainable(arguments: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
+    more = arguments["also_train"]
+    return (
+        *(((more, True),) if more else ()),
+        ("encoder/.*", arguments["train_encoder"]),
+        ("projector/.*", True),
+        ("segmenter/mask_decoder/.*", arguments["train_mask_decoder"]),
+        # All that the original's `train_prompt_encoder` trains: 256 numbers.
+        ("segmenter/prompt_encoder/no_mask_embed", arguments["train_prompt_encoder"]),
+        ("segmenter/.*", False),
+    )
