@@ -1,33 +1,42 @@
 """Scores of a set do not depend on how it is batched, and padding never counts."""
 
 import dataclasses
+import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.assemble import Example
-from evf_sam_jax.evaluate import evaluate, prediction_panel
+from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
+from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.metrics import IouSums
 from evf_sam_jax.predict import Prediction, Predictor
-from tests.evf_sam_jax.tiny_experiment import batch
+from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, batch
 
 
-def first_two_pixels(params, batch):
-    """A count step that finds 1 of 2 pixels of every mask, padding or not."""
-    shape = batch.phrase_valid.shape
-    return jnp.full(shape, 1, jnp.int32), jnp.full(shape, 2, jnp.int32)
+@functools.cache
+def count_step():
+    return make_count_step(MODEL, "text")
+
+
+@functools.cache
+def params():
+    return initial_params(EXPERIMENT)
 
 
 def test_padding_rows_do_not_count():
     given = batch(prompts=False)
     valid = np.array([[True, True, False], [True, True, True]])
     padded = dataclasses.replace(given, phrase_valid=valid, example_valid=np.array([True, False]))
-    sums = evaluate(first_two_pixels, {}, [given, padded, given])
-    assert (sums.intersection, sums.union, sums.masks) == (14, 28, 14)
+    intersection, union, counted = map(np.asarray, count_step()(params(), given))
+    assert counted.all() and (union > 0).all()
+    sums = evaluate(count_step(), params(), [given, padded, given])
+    assert sums.masks == 2 * 6 + 2
+    assert sums.intersection == 2 * intersection.sum() + intersection[0, :2].sum()
+    assert sums.union == 2 * union.sum() + union[0, :2].sum()
 
 
 def test_no_batches_have_no_masks():
-    assert evaluate(first_two_pixels, {}, []) == IouSums()
+    assert evaluate(count_step(), params(), []) == IouSums()
 
 
 def test_a_panel_has_a_row_an_example():
