@@ -98,9 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     config = experiment(options.batch_size, options.steps)
-    tokenizer = load_tokenizer(
-        tokenizer_directory(config.init), config.model.encoder.max_text_tokens
-    )
+    tokenizer = load_tokenizer(tokenizer_directory(config), config.model.encoder.max_text_tokens)
     data = open_data(config)
     stage = make_stage(config, config.stages[0], make_mesh(config.mesh))
     made = tuple(itertools.islice(stage.batches(data, tokenizer), 4))

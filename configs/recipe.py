@@ -10,6 +10,7 @@ Differences:
     selects by gIoU.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ml_collections import ConfigDict
 from configs.arguments import parse_arguments
 from data_pipelines.source import SEMANTIC_PREFIX
 from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax.models.beit3 import Beit3Config
+from evf_sam_jax.models.sam.config import SamConfig
 
 # Who split the refs -> the data set's name (data_pipelines/refer.py).
 _REFER_SETS = {
@@ -35,11 +38,19 @@ _EVALUATION_SPLITS = {
     "refcocog_google": ("val",),
 }
 
+ENCODERS = {"beit3_large": Beit3Config.large(), "beit3_base": Beit3Config.base()}
+SEGMENTERS = {
+    "sam_vit_h": SamConfig.vit_h(),
+    "sam_vit_l": SamConfig.vit_l(),
+    "sam_vit_b": SamConfig.vit_b(),
+}
+
 _ARGUMENTS: dict[str, Any] = dict(
-    # What a run begins with: converted foundations, or a whole model.
+    # What a run begins with: converted foundations, or a whole model. `foundations=none` has their
+    # sizes alone, for --mode plan before anything is downloaded.
     foundations="",
-    encoder=("beit3_large", "beit3_base"),
-    segmenter=("sam_vit_h", "sam_vit_l", "sam_vit_b"),
+    encoder=tuple(ENCODERS),
+    segmenter=tuple(SEGMENTERS),
     model="",
     # Data: the folder that holds `refer_seg`, or what `data_pipelines.prepare` wrote.
     data="",
@@ -131,13 +142,15 @@ def make_recipe(
     config.profile_every = 0
 
     # Model: sizes come with the directories; whatever they have not, here the projector, is drawn.
-    config.model = ConfigDict()
-    config.model.encoder = dict(dtype="bfloat16", remat=True)
-    config.model.segmenter = dict(dtype="bfloat16", encoder_chunk=1)
+    encoder, segmenter = dict(dtype="bfloat16", remat=True), dict(dtype="bfloat16", encoder_chunk=1)
     config.init = dict(model=arguments["model"], encoder="", segmenter="", frozen_dtype="bfloat16")
-    if arguments["foundations"]:
+    if arguments["foundations"] == "none":
+        encoder = {**dataclasses.asdict(ENCODERS[arguments["encoder"]]), **encoder}
+        segmenter = {**dataclasses.asdict(SEGMENTERS[arguments["segmenter"]]), **segmenter}
+    elif arguments["foundations"]:
         for tower in ("encoder", "segmenter"):
             config.init[tower] = f"{arguments['foundations']}/{arguments[tower]}"
+    config.model = ConfigDict(dict(encoder=encoder, segmenter=segmenter))
 
     # Data
     name, root = arguments["held_out"], arguments["data"]

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.experiment import ExperimentConfig, InitConfig
+from evf_sam_jax.experiment import ExperimentConfig, InitConfig, ShapesDataConfig
 from evf_sam_jax.model_dir import (
     Manifest,
     describe,
@@ -81,10 +81,19 @@ def init_directories(init: InitConfig) -> dict[str, tuple[str, str]]:
     }
 
 
-def tokenizer_directory(init: InitConfig) -> Path:
-    """Where the tokenizer of the run's model is; that of the embedded data set without `init`."""
-    directory = init.model or init.encoder
-    return Path(directory) / "tokenizer" if directory else SHAPES_TOKENIZER
+def tokenizer_directory(config: ExperimentConfig) -> Path:
+    """Where the tokenizer of the run's model is.
+
+    Raises:
+      UserError: the run begins with nothing that has one, and its phrases need one.
+    """
+    if directory := config.init.model or config.init.encoder:
+        return Path(directory) / "tokenizer"
+    if not isinstance(config.data, ShapesDataConfig):
+        raise UserError(
+            "init: expected model or encoder, whose tokenizer the phrases need, found neither"
+        )
+    return SHAPES_TOKENIZER
 
 
 def finished_model(

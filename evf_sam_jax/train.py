@@ -76,9 +76,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
         being finite.
       Preempted: SIGTERM came, and the state is saved.
     """
-    tokenizer = load_tokenizer(
-        tokenizer_directory(config.init), config.model.encoder.max_text_tokens
-    )
+    tokenizer = load_tokenizer(tokenizer_directory(config), config.model.encoder.max_text_tokens)
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
     workdir = epath.Path(workdir)
     stages = make_stages(config, make_mesh(config.mesh))
@@ -215,7 +213,7 @@ def finish(
         params = jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), params)
     if jax.process_index() == 0:
         leaves, manifest, passthrough = finished_model(config, params, cast_when_frozen(config))
-        tokenizer_dir = tokenizer_directory(config.init)
+        tokenizer_dir = tokenizer_directory(config)
         with _local_directory(workdir / "model") as local:
             write_model_dir(local, leaves, manifest, tokenizer_dir, passthrough)
         log.line(f"model directory: {workdir / 'model'}")

@@ -141,6 +141,16 @@ def test_rules_cover_the_model_of_the_paper(recipe: str, full_size: Path):
     assert {leaf.dtype.name for leaf in path_leaves(shapes.trainable).values()} == {"float32"}
 
 
+def test_a_plan_needs_the_sizes_of_the_foundations_alone(full_size: Path, tmp_path: Path):
+    given, sizes_alone = (
+        experiment_from_dict(refcoco.get_config(f"foundations={root},data=there").to_dict())
+        for root in (full_size, "none")
+    )
+    assert sizes_alone == dataclasses.replace(given, init=sizes_alone.init)
+    with pytest.raises(UserError, match="init: expected model or encoder, whose tokenizer"):
+        train(sizes_alone, tmp_path / "run")
+
+
 def test_values_are_those_of_the_paper(full_size: Path):
     config = refcoco.get_config(f"foundations={full_size},data=there")
     experiment = experiment_from_dict(config.to_dict())
