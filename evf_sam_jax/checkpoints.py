@@ -8,13 +8,15 @@ checkpoint appears whole or not at all, and carries a checksum of every item, so
 damaged later is recognised and the one before it is taken.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
@@ -26,6 +28,7 @@ from evf_sam_jax.train_state import TrainState
 FOLDER = "checkpoints"
 _ITEMS = ("trainable", "opt_state", "ema")
 _METRIC = "ciou"
+_OTHER_CHECKSUM = "the checksum is not the one it was written with"
 
 
 class Checkpoints:
@@ -34,16 +37,10 @@ class Checkpoints:
     def __init__(self, workdir: epath.Path, stage: str, config: CheckpointConfig):
         self._directory = epath.Path(workdir) / FOLDER / stage
         self._frozen = epath.Path(workdir) / FOLDER / f"{stage}-frozen"
-        keep: list[policies.PreservationPolicy] = [policies.LatestN(n=config.keep)]
-        if config.keep_best:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics[_METRIC],
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            keep.append(best)
+        logging.get_absl_logger().addFilter(_is_news)
+        self._scores: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=_NewestAndBest(config, self._scores),
             save_decision_policy=policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=config.asynchronous,
@@ -52,12 +49,22 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory, options=options, item_handlers={**handlers, "meta": _json()}
         )
+        self._damaged: list[int] = []
+        for step in self._manager.all_steps():
+            with contextlib.suppress(Exception):  # it is damaged, which `restore` will notice
+                meta = _json().restore(self._directory / str(step) / "meta")
+                self._note(step, meta[_METRIC])
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        try:
+            with _writing(self._directory):
+                self._manager.close()
+        except UserError:
+            if kind is None:  # otherwise there is something else to say
+                raise
 
     @property
     def steps(self) -> list[int]:
@@ -73,6 +80,9 @@ class Checkpoints:
         Raises:
           UserError: this or the one before could not be written.
         """
+        with _writing(self._directory):
+            while self._damaged:  # they would count as the newest
+                self._manager.delete(self._damaged.pop())
         if step in self._manager.all_steps():
             return
         items = {name: getattr(state, name) for name in _ITEMS if getattr(state, name) is not None}
@@ -80,15 +90,20 @@ class Checkpoints:
             "step": step,
             "checksums": {name: checksum(tree) for name, tree in items.items()},
             "frozen": checksum(state.frozen),
+            _METRIC: ciou,
         }
+        self._note(step, ciou)
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         with _writing(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**arguments, meta=ocp.args.JsonSave(meta)),
-                metrics=None if ciou is None else {_METRIC: ciou},
                 force=True,
             )
+
+    def _note(self, step: int, ciou: float | None) -> None:
+        if ciou is not None:
+            self._scores[step] = ciou
 
     def wait(self) -> None:
         """Returns when all is written. Raises UserError if it could not be."""
@@ -106,7 +121,7 @@ class Checkpoints:
 
         Args:
           like: shapes with shardings.
-          say: is told of checkpoints that are not whole.
+          say: is told of checkpoints that are not whole; the next `save` removes them.
 
         Raises:
           UserError: there are checkpoints, and none is whole; or the frozen parameters are not.
@@ -118,12 +133,15 @@ class Checkpoints:
         for step in steps:
             try:
                 state = self._restore(step, like, frozen)
+            except UserError:
+                raise
             except Exception as error:  # each layer below raises its own for what is damaged
                 problem = _first_line(error)
             else:
                 problem = None
             # One process may have read what another could not.
             if not _any_process(problem is not None):
+                self._damaged = steps[: steps.index(step)]
                 return state
             where = self._directory / str(step)
             say(f"{where} is damaged and passed over: {problem or 'on another process'}")
@@ -139,10 +157,11 @@ class Checkpoints:
             step, args=ocp.args.Composite(**arguments, meta=ocp.args.JsonRestore())
         )
         meta = found["meta"]
-        for name, tree in {**{name: found[name] for name in items}, "frozen": frozen}.items():
-            expected = meta["frozen"] if name == "frozen" else meta["checksums"][name]
-            if checksum(tree) != expected:
-                raise ValueError(f"{name}: the checksum is not the one it was written with")
+        for name in items:
+            if checksum(found[name]) != meta["checksums"][name]:
+                raise ValueError(f"{name}: {_OTHER_CHECKSUM}")
+        if checksum(frozen) != meta["frozen"]:
+            raise self._frozen_damaged(_OTHER_CHECKSUM)
         return TrainState(
             step=jax.device_put(np.int32(step), like.step.sharding),
             finite=jax.device_put(np.bool_(True), like.finite.sharding),
@@ -159,10 +178,19 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as checkpointer:
                 return checkpointer.restore(self._frozen, like.frozen)
         except Exception as error:  # each layer below raises its own for what is damaged
-            raise UserError(
-                f"{self._frozen}: expected the frozen parameters of the stage, found them damaged: "
-                f"{_first_line(error)}"
-            ) from error
+            raise self._frozen_damaged(_first_line(error)) from error
+
+    def _frozen_damaged(self, problem: str) -> UserError:
+        return UserError(
+            f"{self._frozen}: expected the frozen parameters of the stage, found them damaged: "
+            f"{problem}"
+        )
+
+
+def is_begun(workdir: epath.Path, stage: str) -> bool:
+    """Whether a stage has a checkpoint: a kill before its first one leaves a directory without."""
+    directory = workdir / FOLDER / stage
+    return directory.exists() and bool(ocp.utils.checkpoint_steps(directory))
 
 
 def checksum(tree: Any) -> int:
@@ -178,13 +206,17 @@ def checksum(tree: Any) -> int:
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    # Weights differ with the place, and being odd, let no changed bit of an element vanish.
+    # Of each element a number that its bits and its place are mixed into (the last steps of
+    # MurmurHash3). For one place it is another for all other bits, so that no change of a single
+    # element vanishes; a mere product would lose changes of high bits, such as of two signs.
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         place = place * np.uint32(size) + along
-    weights = (place * np.uint32(2654435761)) | np.uint32(1)
-    return (_bits(leaf) * weights).sum(dtype=jnp.uint32)
+    mixed = _bits(leaf) ^ (place * np.uint32(2654435761))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    return (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32)
 
 
 def _bits(leaf: jax.Array) -> jax.Array:
@@ -192,6 +224,11 @@ def _bits(leaf: jax.Array) -> jax.Array:
         return leaf.astype(jnp.uint32)
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+
+
+def _is_news(record: Any) -> bool:
+    """Not the stack of an error in a thread of Orbax: it is raised where the thread is awaited."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _json() -> ocp.JsonCheckpointHandler:
@@ -202,6 +239,23 @@ def _any_process(problem: bool) -> bool:
     if jax.process_count() == 1:
         return problem
     return bool(multihost_utils.process_allgather(np.array(problem)).any())
+
+
+class _NewestAndBest(policies.PreservationPolicy):
+    """Which checkpoints stay; Orbax's own policy knows no scores of an earlier part of the run."""
+
+    def __init__(self, config: CheckpointConfig, scores: Mapping[int, float]):
+        self._config, self._scores = config, scores
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        del context
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        ranked = sorted((self._scores[step], step) for step in steps if step in self._scores)
+        best = ranked[max(0, len(ranked) - self._config.keep_best) :]
+        kept = {*steps[-self._config.keep :], *(step for _, step in best)}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class _writing:
