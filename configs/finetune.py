@@ -33,6 +33,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.log_every = 10
+    config.profile_every = 0  # steps
     config.init = dict(model=arguments["model"])
 
     # Data

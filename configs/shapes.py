@@ -23,6 +23,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.log_every = 50
+    config.profile_every = 0  # steps
 
     # Model
     config.model = ConfigDict()

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.log_every = 1
+    config.profile_every = 0  # steps
     config.model = MODEL.to_dict()
     config.data = dict(shapes=dict(seed=0), text_length=TEXT_LENGTH, canvas=CANVAS)
     config.mesh = dict(data=0, fsdp=1, zero_stage=2, min_size=64)
