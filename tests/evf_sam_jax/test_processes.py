@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.processes import Cluster, find_cluster, join, leave
+from evf_sam_jax.processes import Cluster, find_cluster, join, joined
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,20 +35,19 @@ def main(argv):
     cluster = processes.find_cluster(
         options.coordinator, options.process_count, options.process_index, os.environ
     )
-    processes.join(cluster, options.join_timeout)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
-    rows = np.arange(2.0) + 2 * jax.process_index()  # one for each of the two devices here
-    array = jax.make_array_from_process_local_data(
-        NamedSharding(mesh, PartitionSpec("data")), rows
-    )
-    result = {
-        "name": cluster.name,
-        "first": processes.is_first(),
-        "devices": mesh.size,
-        "sum": float(jax.jit(lambda x: x.sum())(array)),
-        "rows": multihost_utils.process_allgather(array, tiled=True).tolist(),
-    }
-    processes.leave()
+    with processes.joined(cluster, options.join_timeout):
+        mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        rows = np.arange(2.0) + 2 * jax.process_index()  # one for each of the two devices here
+        array = jax.make_array_from_process_local_data(
+            NamedSharding(mesh, PartitionSpec("data")), rows
+        )
+        result = {
+            "name": cluster.name,
+            "first": jax.process_index() == 0,
+            "devices": mesh.size,
+            "sum": float(jax.jit(lambda x: x.sum())(array)),
+            "rows": multihost_utils.process_allgather(array, tiled=True).tolist(),
+        }
     print(json.dumps(result))
 
 processes.define_flags()
@@ -247,8 +246,8 @@ def test_another_program_at_the_port() -> None:
 
 
 def test_alone_there_is_nothing_to_join_or_leave() -> None:
-    join(None, 1)
-    leave()
+    with joined(None, 1):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -328,3 +327,9 @@ def test_clusters_in_the_environment(environ: dict[str, str], name: str | None) 
 def test_environments_that_jax_could_not_use(environ: dict[str, str], expected: str) -> None:
     with pytest.raises(UserError, match=f"^{expected}"):
         find_cluster("", 0, -1, environ)
+
+
+def test_jax_may_find_out_all_by_itself() -> None:
+    assert find_cluster("auto", 0, -1, {}) == Cluster(None, None, None, "auto")
+    with pytest.raises(UserError, match="--process_index: expected a value beside"):
+        find_cluster("auto", 2, -1, {})
