@@ -25,6 +25,7 @@ class PreemptionNotice:
 
     def __init__(self) -> None:
         self._received = False
+        self._asked = 0
         self._before: object = None
 
     def __enter__(self) -> "PreemptionNotice":
@@ -38,11 +39,13 @@ class PreemptionNotice:
             signal.signal(signal.SIGTERM, self._before)  # pyright: ignore[reportArgumentType]
             self._before = None
 
-    def received(self, step: int) -> bool:
-        """Whether to stop after this step, the same answer on every process."""
+    def received(self) -> bool:
+        """Whether to stop after this step, the same answer on every process; asked at each."""
         if jax.process_count() == 1:
             return self._received
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Not the step, which begins anew with each stage: jax agrees on a number that rises.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del number, frame

@@ -170,7 +170,7 @@ def run_stage(
                 profiler.before(step)
                 state, metrics = train_step(state, on_devices)
                 profiler.after(step, last, metrics)
-                stopping = notice.received(step)
+                stopping = notice.received()
                 measuring = last or step % experiment.evaluation.every == 0
                 saving = last or stopping or step % experiment.checkpoints.every == 0
                 try:
