@@ -23,6 +23,7 @@ from evf_sam_jax.experiment import ExperimentConfig
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.evf_sam import with_dtype
 from evf_sam_jax.progress import NotFinite
+from evf_sam_jax.run_log import run_directory
 from evf_sam_jax.sharding import make_mesh, process_rows
 from evf_sam_jax.stage import Stage, make_stage
 from evf_sam_jax.train_state import TrainState
@@ -55,7 +56,7 @@ def save_failure(
     return folder
 
 
-def replay(experiment: ExperimentConfig, workdir: epath.Path) -> bool:
+def replay(experiment: ExperimentConfig, workdir: epath.PathLike) -> bool:
     """Computes a failed step again, in the run's dtype and in float32, and prints what it finds.
 
     Returns:
@@ -64,7 +65,7 @@ def replay(experiment: ExperimentConfig, workdir: epath.Path) -> bool:
     Raises:
       UserError: the run has no failure on record.
     """
-    folder = workdir / FOLDER
+    folder = run_directory(workdir) / FOLDER
     try:
         record = json.loads((folder / "failure.json").read_text())
     except FileNotFoundError:

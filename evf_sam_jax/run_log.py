@@ -24,6 +24,12 @@ _METRICS, _SKIPPED = "metrics.jsonl", "skipped.jsonl"
 _COPY_SECONDS = 60
 
 
+def run_directory(path: epath.PathLike) -> epath.Path:
+    """The path of a run's directory: in a bucket, or absolute, as Orbax wants it."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.absolute()
+
+
 def make_workdir(
     workdir: epath.PathLike, config: Any, data: Mapping[str, str] | None = None
 ) -> None:

@@ -46,6 +46,7 @@ from evf_sam_jax.run_log import (
     SkippedLog,
     make_workdir,
     resume_workdir,
+    run_directory,
     run_files,
 )
 from evf_sam_jax.sharding import (
@@ -78,7 +79,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
     """
     tokenizer = load_tokenizer(tokenizer_directory(config), config.model.encoder.max_text_tokens)
     tokenizer.check_vocabulary(config.model.encoder.vocab_size)
-    workdir = epath.Path(workdir)
+    workdir = run_directory(workdir)
     stages = make_stages(config, make_mesh(config.mesh))
     data = open_data(config)
     first = jax.process_index() == 0

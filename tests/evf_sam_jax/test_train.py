@@ -1,5 +1,6 @@
 """A run leaves behind what it promises, says the same twice, and stops where it must."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -24,7 +25,8 @@ from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, TEXT_LENGTH
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, IouSums]:
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    return workdir, train(EXPERIMENT, workdir)
+    with contextlib.chdir(workdir.parent):  # as it is typed: a path from where one is
+        return workdir, train(EXPERIMENT, workdir.name)
 
 
 def records(workdir: Path) -> list[dict]:
