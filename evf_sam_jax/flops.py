@@ -17,20 +17,17 @@ from evf_sam_jax.param_rules import Params
 # `device_kind` that it must match whole. Datasheets that give the rate with sparsity are halved.
 # A part of a card (MIG) has a kind of its own and is not here. V100 has no bfloat16: float16.
 PEAK_FLOPS = (
-    # nvidia.com/h100 datasheet: 1979e12 (SXM), 1513e12 (PCIe), 1671e12 (NVL) with sparsity
+    # nvidia.com/h100 datasheet: 1979e12 (SXM), 1513e12 (PCIe) with sparsity
     (r"NVIDIA H100 \d+GB HBM\w+", 989e12),
     (r"NVIDIA H100 PCIe", 756e12),
-    (r"NVIDIA H100 NVL", 835e12),
-    # nvidia.com/h200 datasheet: 1979e12 (SXM), 1671e12 (NVL) with sparsity
+    # nvidia.com/h200 datasheet: 1979e12 (SXM) with sparsity
     (r"NVIDIA H200", 989e12),
-    (r"NVIDIA H200 NVL", 835e12),
     # nvidia.com/a100 datasheet: 312e12 for each form and memory
     (r"NVIDIA A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312e12),
     # nvidia.com/l40s datasheet: 362.05e12, 733e12 with sparsity
     (r"NVIDIA L40S", 362e12),
-    # nvidia.com/v100 datasheet: 125e12 (SXM2), 112e12 (PCIe)
+    # nvidia.com/v100 datasheet: 125e12 (SXM2)
     (r"Tesla V100-SXM\d-\d+GB(-\w+)?", 125e12),
-    (r"Tesla V100-PCIE-\d+GB", 112e12),
     # docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "Peak compute per chip (bf16)". From v4 on
     # a chip is one JAX device.
     (r"TPU v4", 275e12),
