@@ -58,14 +58,10 @@ def full_config(config: dict[str, Any]) -> EvfSamConfig:
 
 def leaf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters of a manifest's `config`: both towers, or the one it has."""
-    shapes = _param_shapes(full_config(config))
+    shapes = param_shapes(full_config(config))
     towers = {"encoder", "segmenter"} & set(config)
     kept = shapes if len(towers) == 2 else {tower: shapes[tower] for tower in towers}
     return {path: leaf.shape for path, leaf in path_leaves(kept).items()}
-
-
-# Tracing a model takes a second, and several steps of a conversion ask.
-_param_shapes = functools.lru_cache(maxsize=8)(param_shapes)
 
 
 def write_conversion(

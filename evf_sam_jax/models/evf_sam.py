@@ -166,8 +166,12 @@ def init_params(config: EvfSamConfig, rng: Array) -> Params:
     return jax.jit(functools.partial(draw_params, config), compiler_options=RUNS_ONCE)(rng)
 
 
+@functools.lru_cache(maxsize=8)  # tracing a model takes seconds, and several steps ask
 def param_shapes(config: EvfSamConfig) -> Params:
-    """Returns the parameter tree as `jax.ShapeDtypeStruct`s, spending no memory on it."""
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`s, spending no memory on it.
+
+    It is the same tree each time, which nobody changes.
+    """
     return jax.eval_shape(functools.partial(draw_params, config), jax.random.key(0))
 
 

@@ -1,7 +1,6 @@
 """The paper's recipes: what they train and read, and one of them run on tiny foundations."""
 
 import dataclasses
-import functools
 import json
 import shutil
 import subprocess
@@ -49,8 +48,6 @@ ENCODER = {"beit3_large": 672_702_464 - 1024, "beit3_base": 220_987_392 - 768}
 PROJECTOR = {"beit3_large": 1_312_000, "beit3_base": 787_456}
 MASK_DECODER, NO_MASK_EMBED = 4_058_340, 256
 ADDED_TOKENS = '{"[semantic]": 65}'  # the first id that the tokenizer of the shapes leaves free
-
-cached_shapes = functools.lru_cache(param_shapes)  # to trace the full model takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +183,7 @@ def test_flags_say_what_is_trained(arguments: str, trained: set[str], full_size:
     arguments = f"foundations={full_size},data=there,segmenter=sam_vit_b,{arguments}"
     experiment = experiment_from_dict(refcoco.get_config(arguments).to_dict())
     assert experiment.model.segmenter.width == SamConfig.vit_b().width
-    shapes = cached_shapes(experiment.model)
+    shapes = param_shapes(experiment.model)
     trainable, frozen = split_params(shapes, experiment.stages[0].trainable)
     expected = {
         "encoder": ENCODER["beit3_base"],
@@ -202,7 +199,7 @@ def test_more_can_be_trained(full_size: Path):
     more = "also_train=segmenter/image_encoder/neck/.*"
     arguments = f"foundations={full_size},data=there,encoder=beit3_base,segmenter=sam_vit_b,{more}"
     experiment = experiment_from_dict(refcoco.get_config(arguments).to_dict())
-    shapes = cached_shapes(experiment.model)
+    shapes = param_shapes(experiment.model)
     trainable, _ = split_params(shapes, experiment.stages[0].trainable)
     neck = sum(
         leaf.size for leaf in path_leaves(shapes["segmenter"]["image_encoder"]["neck"]).values()
