@@ -67,19 +67,14 @@ def attend_square(
       bias_h: added to the scores of all keys in a row of the square.
       bias_w: added to the scores of all keys in a column of the square.
     """
-    attention = on_each_device(functools.partial(_attend_rows, scale=scale))
-    return attention(query, key, value, bias_h, bias_w)
+    attend_rows = on_each_device(functools.partial(_attend_rows, scale))
+    return attend_rows(query, key, value, bias_h, bias_w)
 
 
 def _attend_rows(
-    query: Float[Array, "n t d"],
-    key: Float[Array, "n t d"],
-    value: Float[Array, "n t d"],
-    bias_h: Float[Array, "n t s"],
-    bias_w: Float[Array, "n t s"],
-    *,
-    scale: float,
-) -> Float[Array, "n t d"]:
+    scale: float, query: Array, key: Array, value: Array, bias_h: Array, bias_w: Array
+) -> Array:
+    """`attend_square` of the rows of one device."""
     n, tokens, width = query.shape
     precision = matmul_precision(query.dtype)
 
