@@ -1,0 +1,242 @@
+"""What evaluation knows of each phrase: a row of Parquet, in `phrases.parquet` and its shards.
+
+    RUN/phrases.parquet            all phrases, by set, image and phrase
+    RUN/predictions/*.parquet      the same rows as they came, some images a file
+
+A shard appears whole or not at all, and says which groups of images it has (see
+`evf_sam_jax/evaluation/grouping.py`), so that a job that was killed goes on after it.
+"""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from evf_sam_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+PHRASES, SHARDS = "phrases.parquet", "predictions"
+_PARTIAL = ".partial"
+_NOTES = b"evf_sam_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class PhraseRow:
+    """One phrase; the fields are the columns of the Parquet files, in this order.
+
+    Attributes:
+      set: data set and split, such as "refcoco/val".
+      image_id: the same for the same picture in other data sets ("coco/581857").
+      image_index: place of the image in the set.
+      phrase_index: place of the phrase among those of its image.
+      phrase: as the model gets it.
+      category: of its target, "" if there is none.
+      height: of the image, pixels.
+      width: likewise.
+      target_pixels: inside the target (in one of its parts or more), where pixels count.
+      predicted_pixels: where the model's logit is above 0 and pixels count.
+      intersection: of target and prediction as the original counts them: where parts of a target
+        overlap, a pixel is no part of it.
+      union: likewise.
+      intersection_parts_union: of the union of the target's parts and the prediction.
+      union_parts_union: likewise.
+      predicted_iou: the estimate of SAM's head, which EVF-SAM does not train.
+      iou: intersection / (union + 1e-10), as the original counts; 1 where the union is empty.
+      prediction_rle: the mask as the `counts` of COCO's compressed run lengths, or "" if masks were
+        not asked for.
+    """
+
+    set: str
+    image_id: str
+    image_index: int
+    phrase_index: int
+    phrase: str
+    category: str
+    height: int
+    width: int
+    target_pixels: int
+    predicted_pixels: int
+    intersection: int
+    union: int
+    intersection_parts_union: int
+    union_parts_union: int
+    predicted_iou: float
+    iou: float
+    prediction_rle: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """What of a set could not be evaluated.
+
+    Attributes:
+      set: data set and split.
+      image_index: place of the image in the set.
+      name: of the image, or of the phrase.
+      reason: a sentence.
+    """
+
+    set: str
+    image_index: int
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """What has been evaluated so far.
+
+    Attributes:
+      groups: numbers of the groups of images.
+      left_out: what of them could not be evaluated.
+      files: of the shards.
+    """
+
+    groups: frozenset[int]
+    left_out: tuple[LeftOut, ...]
+    files: tuple[epath.Path, ...]
+
+
+def columns() -> tuple[str, ...]:
+    """The names of the columns, in their order."""
+    return tuple(field.name for field in dataclasses.fields(PhraseRow))
+
+
+def schema() -> "pyarrow.Schema":
+    """The columns with their types. Raises UserError if pyarrow is not installed."""
+    pa = _pyarrow()
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    fields = [
+        pa.field(field.name, types[field.type], nullable=False)
+        for field in dataclasses.fields(PhraseRow)
+    ]
+    return pa.schema(fields)
+
+
+def read_rows(workdir: epath.PathLike) -> "pyarrow.Table":
+    """All phrases of a finished evaluation, by set, image and phrase.
+
+    Raises:
+      UserError: there is no finished evaluation, or its file is damaged or has other columns.
+    """
+    path = epath.Path(workdir) / PHRASES
+    if not path.exists():
+        raise UserError(
+            f"{workdir}: expected the directory of a finished evaluation, found no {PHRASES}"
+        )
+    return _read_table(path)
+
+
+def write_rows(workdir: epath.PathLike, table: "pyarrow.Table") -> None:
+    """Writes `phrases.parquet`, whole or not at all."""
+    _write(epath.Path(workdir) / PHRASES, table)
+
+
+def write_shard(
+    workdir: epath.PathLike,
+    process: int,
+    rows: Sequence[PhraseRow],
+    groups: Iterable[int],
+    left_out: Sequence[LeftOut],
+) -> None:
+    """Writes the next shard of a process.
+
+    Args:
+      groups: whose rows these are; all of them.
+    """
+    pa = _pyarrow()
+    folder = epath.Path(workdir) / SHARDS
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(p.stem.split("-")[1]) for p in folder.glob(f"{process:05}-*.parquet")]
+    table = pa.Table.from_pylist(list(map(vars, rows)), schema=schema())
+    notes = {"groups": sorted(groups), "left_out": [dataclasses.asdict(one) for one in left_out]}
+    table = table.replace_schema_metadata({_NOTES: json.dumps(notes).encode()})
+    _write(folder / f"{process:05}-{max(taken, default=-1) + 1:05}.parquet", table)
+
+
+def read_shards(workdir: epath.PathLike) -> Shards:
+    """What the shards of all processes hold. Raises UserError if one is damaged."""
+    parquet = _parquet()
+    files = tuple(sorted((epath.Path(workdir) / SHARDS).glob("*.parquet")))
+    groups: set[int] = set()
+    left_out: list[LeftOut] = []
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                notes = json.loads(parquet.read_schema(file).metadata[_NOTES])
+            groups.update(notes["groups"])
+            left_out += [LeftOut(**one) for one in notes["left_out"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+    return Shards(frozenset(groups), tuple(left_out), files)
+
+
+def merge_shards(shards: Shards) -> "pyarrow.Table":
+    """The rows of all shards, by set, image and phrase.
+
+    Raises:
+      UserError: a phrase is there twice, as two jobs at once in a directory leave it.
+    """
+    pa = _pyarrow()
+    keys = ["set", "image_index", "phrase_index"]
+    tables = [_read_table(path) for path in shards.files] or [schema().empty_table()]
+    table = pa.concat_tables(tables).sort_by([(key, "ascending") for key in keys])
+    if table.group_by(keys).aggregate([]).num_rows != table.num_rows:
+        folder = shards.files[0].parent
+        raise UserError(
+            f"{folder}: expected each phrase once, found some twice, as of two jobs at once"
+        )
+    return table
+
+
+def _read_table(path: epath.Path) -> "pyarrow.Table":
+    try:
+        with path.open("rb") as file:
+            table = _parquet().read_table(file).replace_schema_metadata(None)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if tuple(table.schema.names) != columns():
+        found = ", ".join(table.schema.names)
+        raise UserError(f"{path}: expected the columns {', '.join(columns())}, found {found}")
+    return table.cast(schema())
+
+
+def _write(path: epath.Path, table: "pyarrow.Table") -> None:
+    buffer = io.BytesIO()
+    _parquet().write_table(table, buffer)
+    partial = path.parent / (path.name + _PARTIAL)
+    try:
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _damaged(path: epath.Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{path}: expected rows of an evaluation, found it damaged: {reason}")
+
+
+def _pyarrow() -> ModuleType:
+    """Loaded when used, since only evaluation needs it."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise UserError(
+            "evaluation writes Parquet files, which needs pyarrow: "
+            "pip install 'evf-sam-jax[parquet]'"
+        ) from None
+    return pyarrow
+
+
+def _parquet() -> ModuleType:
+    _pyarrow()
+    import pyarrow.parquet
+
+    return pyarrow.parquet
