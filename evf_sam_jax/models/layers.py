@@ -82,8 +82,11 @@ def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[.
 
 
 def mesh_axes() -> tuple[str, ...]:
-    """Names of the axes of the mesh that is set where this is traced; none without one."""
-    return tuple(jax.sharding.get_abstract_mesh().axis_names)
+    """Names of the axes of the mesh that is set where this is traced; none without one.
+
+    Within `jax.shard_map` there is none either: what is there is on one device already.
+    """
+    return tuple(jax.sharding.get_abstract_mesh().auto_axes)
 
 
 @jax.custom_vjp
