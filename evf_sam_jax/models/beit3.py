@@ -15,7 +15,7 @@ Differences:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -398,6 +398,6 @@ def look_up(table: Float[Array, "v d"], ids: Int[Array, "n t"]) -> Float[Array, 
     return jnp.take(table, ids, axis=0)
 
 
-def positions(table: nn.Embed, tokens: int) -> Float[Array, "t d"]:
-    """Returns the learned positions of the first `tokens` tokens."""
+def positions(table: nn.Embed, tokens: Any) -> Float[Array, "t d"]:
+    """Returns the positions of the first `tokens` tokens: a number or, in an export, a symbol."""
     return table.embedding[POSITION_OFFSET : POSITION_OFFSET + tokens]
