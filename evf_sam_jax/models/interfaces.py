@@ -6,7 +6,7 @@ Everything is [b, k, ...]: b images with k prompts (phrases) each. Only encoders
 import dataclasses
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +35,8 @@ class Prompts:
       point_labels: 1 inside the object, 0 outside, -1 not a point.
       boxes: (x0, y0, x1, y1) in pixels of the segmenter's frame.
       mask: logits of an earlier mask, at the decoder's low resolution.
+      token_valid: false at tokens that fill up a prompt and shall be as if they were not there;
+        s counts points (and one more where no box follows), two corners a box, then text.
     """
 
     text: Float[Array, "b k t c"] | None = None
@@ -42,6 +44,7 @@ class Prompts:
     point_labels: Int[Array, "b k n"] | None = None
     boxes: Float[Array, "b k 4"] | None = None
     mask: Float[Array, "b k l l"] | None = None
+    token_valid: Bool[Array, "b k s"] | None = None
 
 
 @jax.tree_util.register_dataclass

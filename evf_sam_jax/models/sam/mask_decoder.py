@@ -7,7 +7,7 @@ Differences: the four hyper-networks are stacked and computed at once.
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from evf_sam_jax.models.layers import (
     TORCH_NORMAL,
@@ -49,6 +49,7 @@ class MaskDecoder(nn.Module):
         image_pe: Float[Array, "g g c"],
         sparse: Float[Array, "n t c"],
         multimask: bool,
+        sparse_valid: Bool[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n m l l"], Float[Array, "n m"]]:
         """Returns low-resolution logits and estimated IoU, both float32.
 
@@ -57,6 +58,7 @@ class MaskDecoder(nn.Module):
           image_pe: positional encoding of the image embedding.
           sparse: prompt tokens.
           multimask: three masks (tokens 1-3) instead of one (token 0).
+          sparse_valid: false at prompt tokens that nothing attends to.
         """
         config = self.config
         n, grid, channels = image.shape[0], config.grid, config.out_channels
@@ -66,10 +68,16 @@ class MaskDecoder(nn.Module):
         output_tokens = jnp.concatenate([iou_token, mask_tokens]).astype(config.dtype)
         output_tokens = jnp.broadcast_to(output_tokens, (n, *output_tokens.shape))
         tokens = jnp.concatenate([output_tokens, sparse], axis=1)
+        valid = None
+        if sparse_valid is not None:
+            always = jnp.ones(output_tokens.shape[:2], bool)
+            valid = jnp.concatenate([always, sparse_valid], axis=1)
 
         image_pe = image_pe.reshape(1, grid * grid, channels).astype(config.dtype)
         image = image.reshape(n, grid * grid, channels)
-        tokens, image = TwoWayTransformer(config, name="transformer")(image, image_pe, tokens)
+        tokens, image = TwoWayTransformer(config, name="transformer")(
+            image, image_pe, tokens, valid
+        )
 
         upscaled = OutputUpscaling(config, name="output_upscaling")(
             image.reshape(n, grid, grid, channels)

@@ -45,11 +45,13 @@ class Sam(nn.Module):
         sparse, dense = self.prompt_encoder(prompts)
         b, k = sparse.shape[:2]
         image = features.embedding.astype(jnp.float32)[:, None] + dense
+        valid = prompts.token_valid
         logits, iou = self.mask_decoder(
             split_by_batch(image.reshape(b * k, *image.shape[2:])),
             self.prompt_encoder.dense_positions(),
             split_by_batch(sparse.reshape(b * k, *sparse.shape[2:])),
             multimask,
+            None if valid is None else valid.reshape(b * k, valid.shape[-1]),
         )
         return MaskPrediction(
             low_res_logits=logits.reshape(b, k, *logits.shape[1:]),

@@ -6,7 +6,7 @@ Differences: softmax is computed in float32.
 """
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from evf_sam_jax.models.attention import attend
 from evf_sam_jax.models.layers import Mlp, dense, layer_norm
@@ -24,7 +24,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, q: Float[Array, "n a c"], k: Float[Array, "n s c"], v: Float[Array, "n s c"]
+        self,
+        q: Float[Array, "n a c"],
+        k: Float[Array, "n s c"],
+        v: Float[Array, "n s c"],
+        key_valid: Bool[Array, "n s"] | None = None,
     ) -> Float[Array, "n a c"]:
         config = self.config
         heads = config.decoder_heads
@@ -33,7 +37,8 @@ class Attention(nn.Module):
             return dense(name, self.width, config.dtype)(x).reshape(*x.shape[:2], heads, -1)
 
         q, k, v = project("q_proj", q), project("k_proj", k), project("v_proj", v)
-        context = attend(q, k, v, scale=(self.width // heads) ** -0.5)
+        scale = (self.width // heads) ** -0.5
+        context = attend(q, k, v, scale=scale, key_valid=key_valid)
         context = context.reshape(*context.shape[:2], self.width)
         return dense("out_proj", config.out_channels, config.dtype)(context)
 
@@ -51,6 +56,7 @@ class TwoWayAttentionBlock(nn.Module):
         keys: Float[Array, "n s c"],
         query_pe: Float[Array, "n t c"],
         key_pe: Float[Array, "1 s c"],
+        query_valid: Bool[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n t c"], Float[Array, "n s c"]]:
         config = self.config
         channels, reduced = config.out_channels, config.out_channels // DOWNSAMPLE_RATE
@@ -60,10 +66,10 @@ class TwoWayAttentionBlock(nn.Module):
 
         self_attention = Attention(config, channels, name="self_attn")
         if self.first:  # no positions yet, and the queries are replaced, not added to
-            queries = self_attention(queries, queries, queries)
+            queries = self_attention(queries, queries, queries, query_valid)
         else:
             q = queries + query_pe
-            queries = queries + self_attention(q, q, queries)
+            queries = queries + self_attention(q, q, queries, query_valid)
         queries = norm("norm1")(queries)
 
         to_image = Attention(config, reduced, name="cross_attn_token_to_image")
@@ -74,7 +80,8 @@ class TwoWayAttentionBlock(nn.Module):
         queries = norm("norm3")(queries + mlp(queries))
 
         to_tokens = Attention(config, reduced, name="cross_attn_image_to_token")
-        keys = norm("norm4")(keys + to_tokens(keys + key_pe, queries + query_pe, queries))
+        attended = to_tokens(keys + key_pe, queries + query_pe, queries, query_valid)
+        keys = norm("norm4")(keys + attended)
         return queries, keys
 
 
@@ -89,13 +96,17 @@ class TwoWayTransformer(nn.Module):
         image: Float[Array, "n s c"],
         image_pe: Float[Array, "1 s c"],
         tokens: Float[Array, "n t c"],
+        token_valid: Bool[Array, "n t"] | None = None,
     ) -> tuple[Float[Array, "n t c"], Float[Array, "n s c"]]:
-        """Returns the tokens and the image after attending to each other."""
+        """Returns the tokens and the image after attending to each other.
+
+        Tokens that are not valid are attended to by none; what becomes of them means nothing.
+        """
         config = self.config
         queries, keys = tokens, image
         for index in range(config.decoder_depth):
             block = TwoWayAttentionBlock(config, first=index == 0, name=f"layers_{index}")
-            queries, keys = block(queries, keys, tokens, image_pe)
+            queries, keys = block(queries, keys, tokens, image_pe, token_valid)
         width = config.out_channels // DOWNSAMPLE_RATE
         to_image = Attention(config, width, name="final_attn_token_to_image")
         queries = queries + to_image(queries + tokens, keys + image_pe, keys)
