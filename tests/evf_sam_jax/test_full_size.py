@@ -23,7 +23,8 @@ from evf_sam_jax import losses, mask_geometry, model_dir
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.sam import image_encoder
-from evf_sam_jax.predict import Predictor, write_prediction
+from evf_sam_jax.predict import write_prediction
+from evf_sam_jax.predictor import Job, Predictor
 from tests import golden_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -176,9 +177,10 @@ def test_a_real_photograph(predictor: Predictor, tmp_path: Path) -> None:
     assert len(list(map(print, lines))) == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0_one.png", "1_two.png", "overlay.png"]
     encoded = predictor.encode(image)
-    low_res, _ = predictor.decode(encoded, ids)
+    [decoded] = predictor.decode([Job(encoded, text_ids=ids)])
     mask = image_input.read_image(tmp_path / "0_one.png")[..., 0] == 255
-    np.testing.assert_array_equal(mask, predictor.upsample(encoded, low_res[0]) > 0)
+    logits = predictor.upsample(encoded, decoded.low_res_logits[0, 0])
+    np.testing.assert_array_equal(mask, logits > 0)
     assert 0 < mask.mean() < 1
 
 

@@ -22,7 +22,8 @@ from evf_sam_jax import mask_geometry, model_dir, predict, visualize
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import Prompts
-from evf_sam_jax.predict import Predictor, predict_file, write_prediction
+from evf_sam_jax.predict import predict_file, write_prediction
+from evf_sam_jax.predictor import Predictor
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = ROOT / "data_pipelines" / "shapes_tokenizer"
@@ -193,7 +194,7 @@ def test_a_directory_of_half_precision_weights_gives_a_float32_model(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "either as texts or as token ids"),
+        ({}, "expected texts, text_ids, points, boxes or mask_logits, found none"),
         ({"texts": ["a"], "text_ids": [[5]]}, "either as texts or as token ids"),
         ({"texts": []}, "at least one phrase"),
         ({"texts": ["a circle", "  "]}, "is empty"),

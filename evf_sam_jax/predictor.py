@@ -1,0 +1,606 @@
+"""From images and prompts to masks: `Predictor`, a model with its compiled functions.
+
+    predictor = Predictor.load("MODEL_DIR")
+    prediction = predictor.predict(image, texts=["the cat on the left", "its tail"])
+
+An image is encoded once for all its prompts, and prompts of several images are decoded together.
+Everything that is compiled has a shape that depends on the model or on a bucket of images, prompts,
+tokens or points, none on the size of an image: the output is computed in tiles.
+
+Reference: hustvl/EVF-SAM at 9935dc5, `inference.py`; facebookresearch/segment-anything at dca509f,
+`predictor.py`.
+
+Differences: text, points, boxes and a mask can be combined in one prompt, as SAM's prompt encoder
+combines them, the text token last. EVF-SAM was trained on text alone.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+from data_pipelines import image_input, tokenizers
+from evf_sam_jax import mask_geometry, model_dir
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
+from evf_sam_jax.prompts import Frame, Prompt, make_prompts, stack_geometry
+
+# A model is compiled once for each number of images, of prompts and of tokens it meets; these bound
+# how often. More prompts than the largest bucket are decoded in several goes, so memory stays
+# bounded. Prompts are filled up to a bucket; images, which are dear, are not: 7 are 4 + 2 + 1.
+IMAGE_BUCKETS = (1, 2, 4, 8)
+PHRASE_BUCKETS = (1, 2, 4, 8, 16)
+TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
+
+TILE = 512  # side of the tiles that the output is computed in, in pixels
+
+# Fewer positive pixels than these mean that the phrase refers to nothing in the image.
+NO_TARGET_PIXELS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class InputImage:
+    """An image as the two towers take it, on the host.
+
+    Attributes:
+      sam_image: the segmenter's frame.
+      encoder_image: the multimodal encoder's input.
+      frame: how the image lies in the segmenter's frame.
+    """
+
+    sam_image: UInt8[np.ndarray, "s s 3"]
+    encoder_image: Float32[np.ndarray, "h w 3"]
+    frame: Frame
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedImage:
+    """What is computed of an image once, whatever the prompts.
+
+    Attributes:
+      features: the segmenter's.
+      encoder_image: the multimodal encoder's input.
+      sam_size: height and width of the content of the segmenter's frame.
+      frame: how the image lies in it.
+    """
+
+    features: ImageFeatures
+    encoder_image: Float[Array, "1 h w 3"]
+    sam_size: Int[Array, "1 2"]
+    frame: Frame
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.frame.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `Predictor.predict` takes, for `predict_batch`; see there for the arguments.
+
+    An image that several jobs share is encoded once where they share the object.
+    """
+
+    image: np.ndarray | InputImage | EncodedImage
+    texts: Sequence[str] | None = None
+    text_ids: Sequence[Sequence[int]] | None = None
+    _: dataclasses.KW_ONLY
+    points: Any = None
+    point_labels: Any = None
+    boxes: Any = None
+    mask_logits: Any = None
+    multimask: bool = False
+    no_target_pixels: int = NO_TARGET_PIXELS
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedJob:
+    """A job whose every value has been checked, with its image resized; `Predictor.prepare`."""
+
+    image: InputImage | EncodedImage
+    prompts: tuple[Prompt, ...]
+    multimask: bool
+    no_target_pixels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedJob:
+    """Masks of a job as the decoder gives them; `Predictor.finish` brings them to the image.
+
+    Attributes:
+      image: of the job.
+      low_res_logits: on a grid over the segmenter's frame; m = 1, or 3 with `multimask`.
+      iou: the decoder's own estimate of each mask's IoU.
+    """
+
+    image: EncodedImage
+    low_res_logits: Float32[np.ndarray, "k m l l"]
+    iou: Float32[np.ndarray, "k m"]
+    multimask: bool
+    no_target_pixels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Masks of k prompts of one image.
+
+    `*k` is k, or with `multimask` k and 3: the alternatives of each prompt in the decoder's order,
+    of which `iou` says which the model prefers.
+
+    Attributes:
+      mask_logits: at the size of the image; positive inside.
+      masks: `mask_logits` > 0.
+      iou: each mask's IoU as SAM's own head estimates it. EVF-SAM does not train that head, so it
+        judges the mask as a shape, not whether it is what the phrase means.
+      low_res_logits: as the decoder gives them, on a grid over the segmenter's frame; what
+        `mask_logits` of another prediction of this image takes.
+      no_target_pixels: see `no_target`.
+    """
+
+    mask_logits: Float32[np.ndarray, "*k h w"]
+    masks: Bool[np.ndarray, "*k h w"]
+    iou: Float32[np.ndarray, "*k"]
+    low_res_logits: Float32[np.ndarray, "*k l l"]
+    no_target_pixels: int = NO_TARGET_PIXELS
+
+    @property
+    def no_target(self) -> Bool[np.ndarray, "*k"]:
+        """Whether a mask has fewer positive pixels than `no_target_pixels`: nothing was found."""
+        return np.asarray(self.masks.sum(axis=(-2, -1)) < self.no_target_pixels)
+
+
+class Predictor:
+    """A model ready to predict, with its compiled functions.
+
+    Attributes:
+      config: sizes, and the dtype of activations and matrix products.
+      params: the model's parameters, on the device.
+      tokenizer: turns phrases into token ids; None: only token ids can be given.
+    """
+
+    def __init__(
+        self,
+        config: evf_sam.EvfSamConfig,
+        params: evf_sam.Params,
+        tokenizer: tokenizers.Tokenizer | None = None,
+    ):
+        self.config = config
+        self.params = jax.device_put(params)
+        self.tokenizer = tokenizer
+        self._encode_images = jax.jit(functools.partial(_encode_images, config))
+        self._encode_phrases = jax.jit(functools.partial(_encode_phrases, config))
+        self._decode = jax.jit(functools.partial(_decode, config), static_argnames="multimask")
+        self._tile = jax.jit(functools.partial(_tile, config.segmenter.image_size))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":
+        """Loads a model directory.
+
+        Args:
+          path: written by `python -m convert` or at the end of a training.
+          dtype: "float32" for the original's numbers, "bfloat16" for speed and half the memory.
+
+        Raises:
+          UserError: no model directory, one of another version, one without the whole model, or
+            a dtype that is neither.
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype: expected float32 or bfloat16, found {dtype!r}")
+        manifest = model_dir.read_manifest(path)
+        missing = [key for key in ("encoder", "segmenter") if key not in manifest.config]
+        if missing:
+            raise UserError(
+                f"{path}: expected a whole EVF-SAM model, found one without {' and '.join(missing)}"
+            )
+        config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(manifest.config), dtype)
+        tokenizer = None
+        if manifest.has_tokenizer:
+            tokenizer = tokenizers.load_tokenizer(path, config.encoder.max_text_tokens)
+            tokenizer.check_vocabulary(config.encoder.vocab_size)
+        check_parameters(path, config)
+
+        def place(name: str, leaf: np.ndarray) -> jax.Array:
+            return jax.device_put(
+                leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, name) else "float32")
+            )
+
+        return cls(config, model_dir.load_params(path, place=place), tokenizer)
+
+    def predict(
+        self,
+        image: np.ndarray | InputImage | EncodedImage,
+        texts: Sequence[str] | None = None,
+        text_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        points: Any = None,
+        point_labels: Any = None,
+        boxes: Any = None,
+        mask_logits: Any = None,
+        multimask: bool = False,
+        no_target_pixels: int = NO_TARGET_PIXELS,
+    ) -> Prediction:
+        """Returns the masks of k prompts of an image, each of everything that is given.
+
+        Coordinates are pixels of the image, from its top left; x to the right, y down.
+
+        Args:
+          image: RGB, as `image_input.read_image` gives it, uint8 [h, w, 3]; or what `encode` made
+            of it, which spares encoding it again.
+          texts: k phrases; or
+          text_ids: k phrases as token ids, `<s>` and `</s>` included.
+          points: [k, n, 2], (x, y).
+          point_labels: [k, n], 1 inside the object, 0 outside, -1 no point, to fill up rows.
+          boxes: [k, 4], (x0, y0, x1, y1).
+          mask_logits: [k, l, l], `low_res_logits` of an earlier prediction.
+          multimask: three alternatives a prompt. SAM was trained to give them where one point may
+            mean several things; EVF-SAM only ever uses the one mask.
+          no_target_pixels: a mask of fewer positive pixels says that there is no such thing.
+
+        Raises:
+          UserError: no prompt, or as many of one kind as not of another; both `texts` and
+            `text_ids`; an empty or too long a phrase; texts without a tokenizer; ids outside the
+            vocabulary; coordinates that are outside the image or no numbers; an image without
+            pixels.
+        """
+        job = Job(
+            image,
+            texts,
+            text_ids,
+            points=points,
+            point_labels=point_labels,
+            boxes=boxes,
+            mask_logits=mask_logits,
+            multimask=multimask,
+            no_target_pixels=no_target_pixels,
+        )
+        return next(self.predict_batch([job]))
+
+    def predict_batch(self, jobs: Iterable[Job | PreparedJob]) -> Iterator[Prediction]:
+        """Yields the prediction of each job, computing those of a few images together.
+
+        Jobs are taken as they are needed, and one job's masks are held at the size of its image.
+
+        Raises:
+          UserError: as `predict`, when the job's turn comes; `prepare` jobs to know before.
+        """
+        for group in _by_images(jobs, IMAGE_BUCKETS[-1]):
+            for decoded in self.decode(group):
+                yield self.finish(decoded)
+
+    def prepare(self, job: Job) -> PreparedJob:
+        """Checks a job and resizes its image, on the host; errors as for `predict`."""
+        image = job.image
+        if isinstance(image, np.ndarray):
+            image = self.prepare_image(image)
+        ids = None
+        if job.texts is not None or job.text_ids is not None:
+            ids = self.token_ids(job.texts, job.text_ids)
+        prompts = make_prompts(
+            image.frame, ids, job.points, job.point_labels, job.boxes, job.mask_logits
+        )
+        return PreparedJob(image, prompts, job.multimask, job.no_target_pixels)
+
+    def prepare_image(self, image: np.ndarray) -> InputImage:
+        """Resizes an image for both towers; UserError unless it is uint8 [height, width, 3]."""
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+            raise UserError(
+                "expected an image of uint8 pixels [height, width, 3], "
+                f"found {image.dtype} {list(image.shape)}"
+            )
+        segmenter = self.config.segmenter
+        sam_image, content = image_input.sam_input(image, segmenter.image_size)
+        return InputImage(
+            sam_image,
+            image_input.encoder_input(image, self.config.encoder.image_size),
+            Frame((image.shape[0], image.shape[1]), content, segmenter.low_res_size),
+        )
+
+    def token_ids(
+        self, texts: Sequence[str] | None = None, text_ids: Sequence[Sequence[int]] | None = None
+    ) -> list[list[int]]:
+        """Returns checked token ids of each phrase; arguments and errors as for `predict`."""
+        if (texts is None) == (text_ids is None):
+            raise UserError("expected phrases either as texts or as token ids")
+        if texts is not None:
+            if self.tokenizer is None:
+                raise UserError(
+                    "the model directory has no tokenizer files: "
+                    'expected token ids instead of text (--text_ids "0 5 2")'
+                )
+            text_ids = [self.tokenizer.encode(text) for text in texts]
+        assert text_ids is not None
+        if len(text_ids) == 0:
+            raise UserError("expected at least one phrase, found none")
+        for ids in text_ids:
+            _check_ids(ids, self.config)
+        return [list(map(int, ids)) for ids in text_ids]
+
+    def encode(self, image: np.ndarray | InputImage) -> EncodedImage:
+        """Computes what all prompts of an image share; the slow part of a prediction."""
+        return self.encode_batch([image])[0]
+
+    def encode_batch(self, images: Sequence[np.ndarray | InputImage]) -> list[EncodedImage]:
+        """Encodes several images, as many at a time as a bucket holds."""
+        ready = [x if isinstance(x, InputImage) else self.prepare_image(x) for x in images]
+        encoded = []
+        while ready:
+            count = max(bucket for bucket in IMAGE_BUCKETS if bucket <= len(ready))
+            chunk, ready = ready[:count], ready[count:]
+            sizes = np.asarray([image.frame.content for image in chunk], np.int32)
+            features = self._encode_images(
+                {"segmenter": self.params["segmenter"]},
+                np.stack([image.sam_image for image in chunk]),
+                sizes,
+            )
+            encoded += [
+                EncodedImage(
+                    features=features[i],
+                    encoder_image=jax.device_put(image.encoder_image[None]),
+                    sam_size=jax.device_put(sizes[i : i + 1]),
+                    frame=image.frame,
+                )
+                for i, image in enumerate(chunk)
+            ]
+        return encoded
+
+    def decode(self, jobs: Iterable[Job | PreparedJob]) -> list[DecodedJob]:
+        """Encodes the images of jobs and decodes their prompts, together where they are alike.
+
+        All is held at once, at the decoder's resolution; `predict_batch` bounds that.
+        """
+        prepared = self._prepare_all(jobs)
+        distinct = {id(job.image): job.image for job in prepared}
+        encoded = {key: x for key, x in distinct.items() if isinstance(x, EncodedImage)}
+        inputs = {key: x for key, x in distinct.items() if isinstance(x, InputImage)}
+        encoded |= dict(zip(inputs, self.encode_batch(list(inputs.values())), strict=True))
+
+        groups: dict[Any, list[tuple[int, int]]] = {}  # of (job, prompt)
+        for number, job in enumerate(prepared):
+            for i, prompt in enumerate(job.prompts):
+                groups.setdefault((job.multimask, prompt.kinds), []).append((number, i))
+        masks: list[list[Any]] = [[None] * len(job.prompts) for job in prepared]
+        for (multimask, _), rows in groups.items():
+            for start in range(0, len(rows), PHRASE_BUCKETS[-1]):
+                chunk = rows[start : start + PHRASE_BUCKETS[-1]]
+                images = [encoded[id(prepared[number].image)] for number, _ in chunk]
+                found = self._decode_rows(
+                    images, [prepared[number].prompts[i] for number, i in chunk], multimask
+                )
+                logits, iou = np.asarray(found.low_res_logits), np.asarray(found.iou)
+                for row, (number, i) in enumerate(chunk):
+                    masks[number][i] = logits[row, 0], iou[row, 0]
+        return [
+            DecodedJob(
+                encoded[id(job.image)],
+                np.stack([logits for logits, _ in of_job]),
+                np.stack([iou for _, iou in of_job]),
+                job.multimask,
+                job.no_target_pixels,
+            )
+            for job, of_job in zip(prepared, masks, strict=True)
+        ]
+
+    def _prepare_all(self, jobs: Iterable[Job | PreparedJob]) -> list[PreparedJob]:
+        """Prepares what is not, each image once."""
+        jobs = list(jobs)  # keeps the images alive, and so their ids apart
+        images: dict[int, InputImage] = {}
+        prepared = []
+        for job in jobs:
+            if isinstance(job, Job):
+                if isinstance(job.image, np.ndarray):
+                    key = id(job.image)
+                    if key not in images:
+                        images[key] = self.prepare_image(job.image)
+                    job = dataclasses.replace(job, image=images[key])
+                job = self.prepare(job)
+            prepared.append(job)
+        return prepared
+
+    def finish(self, decoded: DecodedJob) -> Prediction:
+        """Brings the masks of a job to the size of its image."""
+        logits, iou = decoded.low_res_logits, decoded.iou
+        if not decoded.multimask:
+            logits, iou = logits[:, 0], iou[:, 0]
+        mask_logits = np.empty((*iou.shape, *decoded.image.size), np.float32)
+        for index in np.ndindex(iou.shape):
+            mask_logits[index] = self.upsample(decoded.image, logits[index])
+        return Prediction(mask_logits, mask_logits > 0, iou, logits, decoded.no_target_pixels)
+
+    def upsample(
+        self, encoded: EncodedImage, low_res_logits: Float32[np.ndarray, "l l"]
+    ) -> Float32[np.ndarray, "h w"]:
+        """Returns one mask's logits at the size of the image, computed tile by tile."""
+        height, width = encoded.size
+        size = np.asarray([encoded.size], np.int32)
+        logits = jax.device_put(low_res_logits[None, None])
+        result = np.empty((height, width), np.float32)
+        for top in range(0, height, TILE):
+            for left in range(0, width, TILE):
+                origin = np.asarray([top, left], np.int32)
+                tile = np.asarray(self._tile(logits, encoded.sam_size, size, origin))[0, 0]
+                result[top : top + TILE, left : left + TILE] = tile[: height - top, : width - left]
+        return result
+
+    def warm_up(
+        self,
+        images: int = 1,
+        prompts: int = 1,
+        tokens: int = TOKEN_BUCKETS[0],
+        points: bool = False,
+        multimask: bool = False,
+    ) -> None:
+        """Compiles what predictions of phrases need, so that the first one need not wait for it.
+
+        Args:
+          images: the most images encoded at a time.
+          prompts: the most prompts decoded at a time.
+          tokens: of the longest phrase.
+          points: also a few points and a box, alone and with a phrase.
+          multimask: also several masks a prompt.
+        """
+        blank = self.prepare_image(np.zeros((1, 1, 3), np.uint8))
+        for count in _buckets_up_to(images, IMAGE_BUCKETS):
+            encoded = self.encode_batch([blank] * count)[0]
+        box = np.asarray([0, 0, 1, 1], np.float32)
+        no_points = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
+        for length in _buckets_up_to(tokens, TOKEN_BUCKETS):
+            ids = (0,) * min(length, self.config.encoder.max_text_tokens)
+            asked = [Prompt(ids, *no_points, None, None)]
+            if points:
+                asked += [Prompt(x, *no_points, box, None) for x in (ids, None)]
+            for prompt in asked:
+                for several in {False, multimask}:
+                    for count in _buckets_up_to(prompts, PHRASE_BUCKETS):
+                        decoded = self._decode_rows([encoded] * count, [prompt] * count, several)
+        self.upsample(encoded, np.asarray(decoded.low_res_logits)[0, 0, 0])
+
+    def _decode_rows(
+        self, images: Sequence[EncodedImage], prompts: Sequence[Prompt], multimask: bool
+    ) -> MaskPrediction:
+        """Decodes prompts of the same kinds, each of its image; a bucket's rest repeats one."""
+        missing = _bucket(len(prompts), PHRASE_BUCKETS) - len(prompts)
+        images = [*images, *[images[0]] * missing]
+        prompts = [*prompts, *[prompts[0]] * missing]
+        with_text, with_geometry, with_mask = prompts[0].kinds
+        asked: dict[str, Any] = {}
+        if with_text:
+            asked["text"] = self._text_of(images, [prompt.ids or () for prompt in prompts])
+        if with_geometry:
+            geometry = stack_geometry(prompts)
+            asked["points"] = geometry.points[:, None]
+            asked["point_labels"] = geometry.labels[:, None]
+            asked["boxes"] = geometry.boxes[:, None]
+            text_tokens = asked["text"].shape[2] if with_text else 0
+            text = np.ones((len(prompts), text_tokens), bool)
+            asked["token_valid"] = np.concatenate([geometry.valid, text], axis=1)[:, None]
+        if with_mask:
+            masks = [prompt.mask for prompt in prompts if prompt.mask is not None]
+            asked["mask"] = np.stack(masks)[:, None]
+        return self._decode(
+            {"segmenter": self.params["segmenter"]},
+            [image.features for image in images],
+            Prompts(**asked),
+            multimask=multimask,
+        )
+
+    def _text_of(
+        self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]]
+    ) -> Float[Array, "r 1 t c"]:
+        tokens = _bucket(max(map(len, ids)), TOKEN_BUCKETS)
+        text_ids, text_valid = tokenizers.pad_token_ids(
+            ids, min(tokens, self.config.encoder.max_text_tokens)
+        )
+        return self._encode_phrases(
+            {key: self.params[key] for key in ("encoder", "projector")},
+            [image.encoder_image for image in images],
+            text_ids[:, None],
+            text_valid[:, None],
+        )
+
+
+def _encode_images(
+    config: evf_sam.EvfSamConfig,
+    params: evf_sam.Params,
+    sam_images: UInt8[Array, "b s s 3"],
+    sizes: Int[Array, "b 2"],
+) -> list[ImageFeatures]:
+    """The features of each image, an array of its own, so that any of them go together."""
+    features = evf_sam.encode_image(config, params, sam_images, sizes)
+    rows = [jnp.split(leaf, len(sam_images)) for leaf in jax.tree.leaves(features)]
+    structure = jax.tree.structure(features)
+    return [jax.tree.unflatten(structure, row) for row in zip(*rows, strict=True)]
+
+
+def _encode_phrases(
+    config: evf_sam.EvfSamConfig,
+    params: evf_sam.Params,
+    encoder_images: list[Float[Array, "1 h w 3"]],
+    text_ids: Int[Array, "r 1 l"],
+    text_valid: Bool[Array, "r 1 l"],
+) -> Float[Array, "r 1 t c"]:
+    images = jnp.concatenate(encoder_images)
+    return evf_sam.encode_phrases(config, params, images, text_ids, text_valid)
+
+
+def _decode(
+    config: evf_sam.EvfSamConfig,
+    params: evf_sam.Params,
+    features: list[ImageFeatures],
+    prompts: Prompts,
+    multimask: bool,
+) -> MaskPrediction:
+    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *features)
+    return evf_sam.decode(config, params, stacked, prompts, multimask)
+
+
+def _tile(
+    frame: int,
+    low_res_logits: Float[Array, "1 1 l l"],
+    sam_size: Int[Array, "1 2"],
+    size: Int[Array, "1 2"],
+    origin: Int[Array, "2"],
+) -> Float[Array, "1 1 h w"]:
+    return mask_geometry.resample_masks(
+        low_res_logits, sam_size, size, canvas=(TILE, TILE), frame=frame, origin=origin
+    )
+
+
+def _by_images(jobs: Iterable[Job | PreparedJob], limit: int) -> Iterator[list[Job | PreparedJob]]:
+    """Consecutive jobs of at most `limit` images, which jobs may share."""
+    group: list[Job | PreparedJob] = []
+    images: set[int] = set()
+    for job in jobs:
+        if len(images | {id(job.image)}) > limit:
+            yield group
+            group, images = [], set()
+        group.append(job)
+        images.add(id(job.image))
+    if group:
+        yield group
+
+
+def _buckets_up_to(number: int, buckets: tuple[int, ...]) -> list[int]:
+    return [b for b in buckets if b <= _bucket(number, buckets)]
+
+
+def _bucket(number: int, buckets: tuple[int, ...]) -> int:
+    return next((bucket for bucket in buckets if number <= bucket), number)
+
+
+def check_parameters(path: str | os.PathLike, config: evf_sam.EvfSamConfig) -> None:
+    """Raises UserError unless the directory's parameters are those of its config."""
+    expected = {
+        name: leaf.shape
+        for name, leaf in model_dir.path_leaves(evf_sam.param_shapes(config)).items()
+    }
+    found = {name: leaf.shape for name, leaf in model_dir.describe(path).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{path}: parameter {name}: expected {_shape_words(expected.get(name))} by the "
+                f"config, found {_shape_words(found.get(name))}"
+            )
+
+
+def _shape_words(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"shape {shape}"
+
+
+def _check_ids(ids: Sequence[int], config: evf_sam.EvfSamConfig) -> None:
+    longest, vocabulary = config.encoder.max_text_tokens, config.encoder.vocab_size
+    if len(ids) == 0:
+        raise UserError("expected token ids for each phrase, found a phrase without any")
+    if len(ids) > longest:
+        raise UserError(f"expected at most {longest} tokens a phrase, found {len(ids)}")
+    outside = [i for i in ids if not 0 <= i < vocabulary]
+    if outside:
+        raise UserError(f"expected token ids from 0 to {vocabulary - 1}, found {outside[0]}")
