@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from PIL import Image
 
 from data_pipelines import image_input, tokenizers
 from evf_sam_jax import mask_geometry, model_dir
@@ -178,6 +179,7 @@ class Predictor:
         self.tokenizer = tokenizer
         self._encode_images = jax.jit(functools.partial(_encode_images, config))
         self._encode_phrases = jax.jit(functools.partial(_encode_phrases, config))
+        self._attention = jax.jit(functools.partial(evf_sam.image_cls_attention, config))
         self._decode = jax.jit(functools.partial(_decode, config), static_argnames="multimask")
         self._tile = jax.jit(functools.partial(_tile, config.segmenter.image_size))
 
@@ -430,6 +432,35 @@ class Predictor:
                 result[top : top + TILE, left : left + TILE] = tile[: height - top, : width - left]
         return result
 
+    def attention_map(
+        self, image: np.ndarray | InputImage | EncodedImage, text: str | Sequence[int]
+    ) -> Float32[np.ndarray, "h w"]:
+        """Returns where the model's image [CLS] looks for a phrase, at the size of the image.
+
+        In the multimodal encoder's last layer, its attention to the patches, summed over heads
+        (paper Figure 5), stretched bilinearly. Over the patches it sums to less than the number of
+        heads; the rest is attention to the [CLS] itself and to the text.
+
+        Args:
+          text: a phrase, or its token ids.
+
+        Raises:
+          UserError: as `predict`; or the encoder sees no image.
+        """
+        if self.config.encoder.fusion == "text":
+            raise UserError("attention_map: expected an encoder that sees the image, found text")
+        [ids] = self.token_ids(*(([text], None) if isinstance(text, str) else (None, [text])))
+        if isinstance(image, np.ndarray):
+            image = self.prepare_image(image)
+        encoder_image = image.encoder_image
+        if isinstance(image, InputImage):
+            encoder_image = image.encoder_image[None]
+        padded = (x[:, None] for x in self._pad([ids]))
+        patches = self._attention({"encoder": self.params["encoder"]}, encoder_image, *padded)
+        height, width = image.frame.size
+        picture = Image.fromarray(np.asarray(patches, np.float32)[0, 0])
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
     def warm_up(
         self,
         images: int = 1,
@@ -495,16 +526,19 @@ class Predictor:
     def _text_of(
         self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]]
     ) -> Float[Array, "r 1 t c"]:
-        tokens = _bucket(max(map(len, ids)), TOKEN_BUCKETS)
-        text_ids, text_valid = tokenizers.pad_token_ids(
-            ids, min(tokens, self.config.encoder.max_text_tokens)
-        )
+        text_ids, text_valid = self._pad(ids)
         return self._encode_phrases(
             {key: self.params[key] for key in ("encoder", "projector")},
             [image.encoder_image for image in images],
             text_ids[:, None],
             text_valid[:, None],
         )
+
+    def _pad(
+        self, ids: Sequence[Sequence[int]]
+    ) -> tuple[Int[np.ndarray, "r l"], Bool[np.ndarray, "r l"]]:
+        tokens = _bucket(max(map(len, ids)), TOKEN_BUCKETS)
+        return tokenizers.pad_token_ids(ids, min(tokens, self.config.encoder.max_text_tokens))
 
 
 def _encode_images(

@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float32
 
 from evf_sam_jax.models.layers import matmul_precision, on_each_device
 
@@ -34,19 +34,30 @@ def attend(
     Keys where `key_valid` is false get no weight. A row without any valid key attends evenly, so
     that padding never turns into NaN.
     """
+    weights = attention_weights(query, key, scale=scale, key_valid=key_valid).astype(query.dtype)
     precision = matmul_precision(query.dtype)
+    return jnp.einsum("bhqs,bshd->bqhd", weights, value, precision=precision)
+
+
+def attention_weights(
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b s h d"],
+    *,
+    scale: float,
+    key_valid: Bool[Array, "b s"] | None = None,
+) -> Float32[Array, "b h q s"]:
+    """Returns softmax(scale q.k), how much each query attends to each key; see `attend`."""
     scores = jnp.einsum(
         "bqhd,bshd->bhqs",
         query * scale,
         key,
-        precision=precision,
+        precision=matmul_precision(query.dtype),
         preferred_element_type=jnp.float32,
     )
     if key_valid is not None:
         lowest = jnp.finfo(jnp.float32).min
         scores = jnp.where(key_valid[:, None, None, :], scores, lowest)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    return jnp.einsum("bhqs,bshd->bqhd", weights, value, precision=precision)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def attend_square(

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from evf_sam_jax.models.attention import attend
+from evf_sam_jax.models.attention import attend, attention_weights
 from evf_sam_jax.models.config_checks import check_choice, check_multiple, check_values
 from evf_sam_jax.models.layers import (
     TORCH_NORMAL,
@@ -131,6 +131,10 @@ class Beit3Config:
 # Image tokens ([CLS] first) and text tokens; None where the modality is absent.
 Streams = tuple[Float[Array, "n _ d"] | None, Float[Array, "n _ d"] | None]
 BRANCHES = ("vision", "text")
+
+# Which tokens of each modality are computed; None: none.
+Kept = tuple[slice | None, slice | None]
+ALL_TOKENS: Kept = (slice(None), slice(None))
 
 
 def each(function: Callable[[str, Array], Array], streams: Streams) -> Streams:
@@ -253,7 +257,7 @@ class Layer(nn.Module):
         self,
         streams: Streams,
         text_valid: Bool[Array, "n t"],
-        keep: tuple[slice | None, slice | None] = (slice(None), slice(None)),
+        keep: Kept = ALL_TOKENS,
     ) -> tuple[Streams, None]:
         """Returns the tokens that `keep` names of each modality (None: no token of it)."""
 
@@ -356,7 +360,7 @@ class Beit3(nn.Module):
         encoder_image: Float[Array, "b h w 3"],
         text_ids: Int[Array, "b k l"],
         text_valid: Bool[Array, "b k l"],
-        keep: tuple[slice | None, slice | None] = (slice(None), slice(None)),
+        keep: Kept = ALL_TOKENS,
     ) -> Streams:
         """Returns the final tokens of both modalities, [b*k, tokens, d] each.
 
@@ -391,6 +395,34 @@ READOUT_TOKENS = {
     "image_mean": (slice(None), None),
     "concat": (slice(0, 1), slice(0, 1)),
 }
+
+
+# Whose outputs `attention_to_patches` is computed from.
+LAST_PROJECTIONS = {name: ("last_layer", "self_attn", f"{name}_proj") for name in ("q", "k")}
+IMAGE_CLS = READOUT_TOKENS["image_cls"]
+
+
+def attention_to_patches(
+    config: Beit3Config, q: Streams, k: Streams, text_valid: Bool[Array, "n t"]
+) -> Float[Array, "n g g"]:
+    """Returns how much the image's [CLS] attends to each patch, summed over heads (paper Figure 5).
+
+    Args:
+      q: the last layer's queries, of the image [CLS] alone.
+      k: its keys, of all tokens.
+    """
+    vision, text = k
+    assert q[0] is not None and vision is not None, "the attention to an image needs an image"
+    keys, valid = [vision], [jnp.ones(vision.shape[:2], bool)]
+    if config.fusion == "early" and text is not None:
+        keys, valid = [vision, text], [*valid, text_valid]
+    query, key = (split_heads(x, config.heads) for x in (q[0], jnp.concatenate(keys, axis=1)))
+    weights = attention_weights(
+        query, key, scale=query.shape[-1] ** -0.5, key_valid=jnp.concatenate(valid, axis=1)
+    )
+    patches = weights[:, :, 0, 1 : vision.shape[1]].sum(axis=1)
+    side = config.image_size // config.patch_size
+    return patches.reshape(-1, side, side)
 
 
 def look_up(table: Float[Array, "v d"], ids: Int[Array, "n t"]) -> Float[Array, "n t d"]:

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.beit3 import (
+    ALL_TOKENS,
+    IMAGE_CLS,
+    LAST_PROJECTIONS,
+    Beit3,
+    Beit3Config,
+    attention_to_patches,
+)
 from evf_sam_jax.models.config_checks import check_choice
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.models.layers import Mlp, gathering
@@ -129,8 +136,8 @@ class EvfSam(nn.Module):
     def encode_phrases(self, encoder_image, text_ids, text_valid) -> Float[Array, "b k t c"]:
         return self.projector(self.encoder(encoder_image, text_ids, text_valid))
 
-    def encoder_tokens(self, encoder_image, text_ids, text_valid):
-        return self.encoder.encode(encoder_image, text_ids, text_valid)
+    def encoder_tokens(self, encoder_image, text_ids, text_valid, keep=ALL_TOKENS):
+        return self.encoder.encode(encoder_image, text_ids, text_valid, keep)
 
     def decode(self, features, prompts, multimask) -> MaskPrediction:
         return self.segmenter.decode(features, prompts, multimask)
@@ -252,6 +259,49 @@ def encoder_tokens(
 ) -> tuple[Float[Array, "n v d"] | None, Float[Array, "n l d"]]:
     """Returns the encoder's final image tokens ([CLS] first) and text tokens, n = b k."""
     return _apply(config, params, EvfSam.encoder_tokens, encoder_image, text_ids, text_valid)
+
+
+def image_cls_attention(
+    config: EvfSamConfig,
+    params: Params,
+    encoder_image: Float[Array, "b h w 3"],
+    text_ids: Int[Array, "b k l"],
+    text_valid: Bool[Array, "b k l"],
+) -> Float[Array, "b k g g"]:
+    """Returns how much the encoder's image [CLS] attends to each patch in its last layer.
+
+    Summed over heads, as in the paper's Figure 5. Uses params["encoder"]. The last layer's queries
+    and keys are caught as they pass, so that nothing of the model knows of this.
+    """
+
+    def is_last_projection(module: nn.Module, _: str) -> bool:
+        return module.path[1:] in LAST_PROJECTIONS.values()
+
+    _, caught = EvfSam(config).apply(
+        {"params": params},
+        encoder_image,
+        text_ids,
+        text_valid,
+        IMAGE_CLS,
+        method=EvfSam.encoder_tokens,
+        capture_intermediates=is_last_projection,
+        mutable="intermediates",
+    )
+
+    def output(path: tuple[str, ...]) -> Any:
+        calls: Any = caught["intermediates"]["encoder"]
+        for name in path:
+            calls = calls[name]
+        [streams] = calls["__call__"]
+        return streams
+
+    found = attention_to_patches(
+        config.encoder,
+        output(LAST_PROJECTIONS["q"]),
+        output(LAST_PROJECTIONS["k"]),
+        text_valid.reshape(-1, text_valid.shape[-1]),
+    )
+    return found.reshape(*text_ids.shape[:2], *found.shape[1:])
 
 
 def decode(

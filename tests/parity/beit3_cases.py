@@ -69,17 +69,29 @@ def original(config: Beit3Config) -> Any:
 
 
 def original_outputs(config: Beit3Config) -> dict[str, np.ndarray]:
-    """Final tokens [2, tokens, d] of both modalities together and of each alone."""
+    """Final tokens [2, tokens, d] of both modalities together and of each alone; attention.
+
+    "attention" [2, g, g] is the last layer's, from the image [CLS] to the patches, summed over
+    heads. torchscale's attention returns its weights [heads, images, queries, keys] and its layer
+    drops them.
+    """
     import torch
 
     model, given = original(config), inputs(config)
+    weights = []
+    model.encoder.layers[-1].self_attn.register_forward_hook(
+        lambda module, arguments, found: weights.append(found[1].numpy())
+    )
     image = torch.from_numpy(given.image).permute(0, 3, 1, 2)
     ids, padding = torch.from_numpy(given.ids).long(), torch.from_numpy(~given.valid)
     with torch.inference_mode():
-        return {
+        outputs = {
             "early": model(visual_tokens=image, textual_tokens=ids, text_padding_position=padding)[
                 "encoder_out"
             ].numpy(),
             "text": model(textual_tokens=ids, text_padding_position=padding)["encoder_out"].numpy(),
             "vision": model(visual_tokens=image)["encoder_out"].numpy(),
         }
+    side = config.image_size // config.patch_size
+    attention = weights[0][:, :, 0, 1 : 1 + config.patches].sum(axis=0)
+    return outputs | {"attention": attention.reshape(-1, side, side)}

@@ -26,6 +26,13 @@ def model(encoder: Beit3Config) -> tuple[evf_sam.EvfSamConfig, evf_sam.Params]:
 
 encode_phrases = jax.jit(evf_sam.encode_phrases, static_argnums=0)
 encoder_tokens = jax.jit(evf_sam.encoder_tokens, static_argnums=0)
+image_cls_attention = jax.jit(evf_sam.image_cls_attention, static_argnums=0)
+
+
+def attention(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given) -> np.ndarray:
+    """Of each of n pairs: how much the image [CLS] attends to each patch, summed over heads."""
+    pairs = given.ids[:, None], given.valid[:, None]
+    return np.asarray(image_cls_attention(config, params, given.image, *pairs)[:, 0])
 
 
 def tokens(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given, fusion: str):
@@ -46,6 +53,7 @@ def our_outputs(encoder: Beit3Config) -> dict[str, np.ndarray]:
         "early": np.concatenate(tokens(config, params, given, "early"), axis=1),
         "text": np.asarray(text),
         "vision": np.asarray(vision),
+        "attention": attention(config, params, given),
     }
 
 
@@ -75,6 +83,19 @@ def test_equals_the_original(name: str) -> None:
 def test_equals_the_original_at_full_size(size: str) -> None:
     config = dataclasses.replace(getattr(Beit3Config, size)(), dtype="float32")
     assert_equal(our_outputs(config), beit3_cases.original_outputs(config))
+
+
+def test_attention_without_a_preference_is_even_and_leaves_out_padding() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    encoder = config.encoder
+    given = beit3_cases.inputs(encoder)
+    projections = params["encoder"]["last_layer"]["self_attn"]["q_proj"]
+    zeros = jax.tree.map(np.zeros_like, projections)
+    edited = jax.tree.map(lambda leaf: leaf, params)
+    edited["encoder"]["last_layer"]["self_attn"]["q_proj"] = zeros
+    keys = 1 + encoder.patches + given.valid.sum(axis=1)
+    expected = np.broadcast_to((encoder.heads / keys)[:, None, None], (2, 4, 4))
+    np.testing.assert_allclose(attention(config, edited, given), expected, rtol=1e-6)
 
 
 def prompts(config: evf_sam.EvfSamConfig, params: evf_sam.Params, image, ids, valid) -> np.ndarray:
