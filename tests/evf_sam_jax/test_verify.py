@@ -1,0 +1,166 @@
+"""The published masks are recognised, others are not, and what is missing is named."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import image_input
+from evf_sam_jax import model_dir, verify
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models import evf_sam
+from evf_sam_jax.predictor import Predictor
+from evf_sam_jax.verify import Case, Verdict, compare
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENIZER = ROOT / "data_pipelines" / "shapes_tokenizer"
+TINY = evf_sam.EvfSamConfig.tiny()
+# The shapes' tokenizer cuts the phrases into more tokens than the tiny model has positions for.
+CONFIG = dataclasses.replace(TINY, encoder=dataclasses.replace(TINY.encoder, max_text_positions=66))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny model directory, with weights and masks of no meaning."""
+    rng = np.random.default_rng(10)  # whose masks are neither empty nor full
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        values = rng.normal(size=shape).astype(np.float32)
+        if path.endswith("kernel"):
+            return values / np.float32(np.sqrt(shape[-2]))
+        return 1 + values / 10 if path.endswith("scale") else values
+
+    shapes = model_dir.path_leaves(evf_sam.param_shapes(CONFIG))
+    params = {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    manifest = model_dir.Manifest(variant="tiny", config=CONFIG.to_dict())
+    model_dir.write_model_dir(path, params, manifest, TOKENIZER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Pictures of the photographs' names and sizes."""
+    path = tmp_path_factory.mktemp("photos")
+    for number, case in enumerate(verify.published_cases()):
+        height, width = case.mask.shape
+        small = np.random.default_rng(number).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        picture.save(path / case.image, quality=95)
+    return path
+
+
+def test_the_published_masks_are_whole():
+    cases = verify.published_cases()
+    recorded = json.loads((ROOT / "evf_sam_jax" / "published_masks.json").read_text())["cases"]
+    assert [case.mask.sum() for case in cases] == [case["pixels"] for case in recorded]
+    assert len({case.image for case in cases}) == 5
+    for case in cases:
+        assert compare(case.mask, case.mask).verdict is Verdict.MATCHES
+
+
+def disk(radius: float, x: float = 50) -> np.ndarray:
+    rows, columns = np.mgrid[:100, :100]
+    return (rows - 50) ** 2 + (columns - x) ** 2 < radius**2
+
+
+def test_a_comparison_by_hand():
+    published = np.zeros((6, 6), bool)
+    published[:4, :4] = True  # it touches the border of the image
+    found = published.copy()
+    found[0, 0], found[5, 5] = False, True
+    comparison = compare(found, published)
+    assert (comparison.iou, comparison.differing, comparison.outline) == (15 / 17, 2, 12)
+    empty = np.zeros((6, 6), bool)
+    assert compare(empty, empty).iou == 1 and compare(empty, published).iou == 0
+
+
+@pytest.mark.parametrize("radius", [15, 40])
+def test_an_outline_that_moves_less_than_half_a_pixel_matches(radius: int):
+    assert compare(disk(radius + 0.2), disk(radius)).verdict is Verdict.MATCHES
+    assert compare(disk(radius, x=50.3), disk(radius)).verdict is Verdict.MATCHES
+    assert compare(disk(radius + 1), disk(radius)).verdict is Verdict.SAME_THING
+    assert compare(disk(radius, x=52), disk(radius)).verdict is Verdict.SAME_THING
+    assert compare(disk(radius / 2), disk(radius)).verdict is Verdict.DIFFERS
+    assert compare(np.zeros((100, 100), bool), disk(radius)).verdict is Verdict.DIFFERS
+
+
+def test_a_model_that_made_the_masks_matches(directory: pathlib.Path, photos: pathlib.Path):
+    predictor = Predictor.load(directory)
+
+    def own(case: Case) -> Case:
+        """The tiny model's own mask, as if it had been published."""
+        file = photos / case.image
+        [mask] = predictor.predict(image_input.read_image(file), texts=[case.phrase]).masks
+        return Case(case.image, hashlib.sha256(file.read_bytes()).hexdigest(), case.phrase, mask)
+
+    cases = [own(case) for case in verify.published_cases()]
+    results = list(verify.verify(predictor, photos, cases))
+    assert verify.all_match(results)
+    lines = verify.report(results).splitlines()
+    assert len(lines) == 6, "no note on files"
+    assert lines[0].startswith("zebra.jpg 'zebra top left': IoU 1.0000, 0 of 273280 pixels differ")
+    assert lines[-1] == "5 of 5 masks match the published ones"
+    # One mask of another thing is enough.
+    bus = dataclasses.replace(cases[3], mask=~cases[3].mask)
+    results[3] = next(verify.verify(predictor, photos, [bus]))
+    assert not verify.all_match(results)
+    lines = verify.report(results).splitlines()
+    assert lines[3].startswith("bus.jpg") and lines[3].endswith(": does not match")
+    assert lines[-1] == "4 of 5 masks match the published ones"
+
+
+def test_the_command_says_that_another_model_does_not_match(
+    directory: pathlib.Path, photos: pathlib.Path
+):
+    result = command("--model", directory, "--photos", photos)
+    assert result.returncode == 1, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum(line.endswith(": does not match") for line in lines) == 5
+    assert "note: zebra.jpg is not the published file: its sha256 is another" in lines
+    assert lines[-1] == "0 of 5 masks match the published ones"
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "evf_sam_jax.verify", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_missing_photographs_are_named_with_where_they_come_from(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+):
+    (tmp_path / "bus.jpg").write_bytes(b"")
+    result = command("--model", directory, "--photos", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "expected zebra.jpg, pizza.jpg, food.jpg, carrots.jpg of https://" in result.stderr
+    assert verify.PHOTOS_AT in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_photograph_of_another_size(
+    directory: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
+):
+    shutil.copytree(photos, tmp_path / "photos")
+    Image.new("RGB", (64, 40)).save(tmp_path / "photos" / "zebra.jpg")
+    with pytest.raises(UserError, match="zebra.jpg: expected 640 x 427 pixels as published, found"):
+        verify.verify_directory(directory, tmp_path / "photos")
+
+
+def test_a_model_without_tokenizer(
+    directory: pathlib.Path, photos: pathlib.Path, tmp_path: pathlib.Path
+):
+    model_dir.write_model_dir(
+        tmp_path / "model", model_dir.load_params(directory), model_dir.read_manifest(directory)
+    )
+    with pytest.raises(UserError, match="model: expected a model directory with tokenizer files"):
+        verify.verify_directory(tmp_path / "model", photos)
