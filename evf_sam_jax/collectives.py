@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -24,6 +24,8 @@ _CALLED = re.compile(
 )
 _BRANCHES = ("true_computation", "false_computation", "branch_computations")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
+# How TPU's compiler names what fuses an all-reduce with the cut that keeps one part of it.
+_FUSED_SCATTER = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,8 @@ def collective_bytes(hlo_text: str) -> dict[str, Collective]:
     in an all-reduce.
 
     An asynchronous collective counts where it starts. What is inside a loop counts as often as
-    the compiler knows that the loop runs, and once where it does not know. Of a conditional, the
+    the compiler knows that the loop runs, or else as its condition says if that is `counter < n`,
+    where the counter is taken to begin at 0, as JAX's do; and otherwise once. Of a conditional, the
     branch that sends the most bytes counts. A program compiled for CPUs sends what is bfloat16
     as float32, twice the bytes that an accelerator would.
 
@@ -86,7 +89,10 @@ def collective_bytes(hlo_text: str) -> dict[str, Collective]:
     def total(name: str) -> _Totals:
         instructions = computations.get(name, [])
         types = {instruction.name: instruction.result for instruction in instructions}
-        return _sum(_sent(instruction, types, total) for instruction in instructions)
+        sent = _sum(_sent(one, types, total, computations) for one in instructions)
+        if name.startswith(_FUSED_SCATTER):
+            return {**sent, "all-reduce": Collective(), "reduce-scatter": sent["all-reduce"]}
+        return sent
 
     return dict(total(entry))
 
@@ -99,7 +105,10 @@ def _sum(totals: Iterable[_Totals]) -> _Totals:
 
 
 def _sent(
-    instruction: _Instruction, types: Mapping[str, str], total: Callable[[str], _Totals]
+    instruction: _Instruction,
+    types: Mapping[str, str],
+    total: Callable[[str], _Totals],
+    computations: Mapping[str, Sequence[_Instruction]],
 ) -> _Totals:
     """What an instruction sends, or the computations that it calls, whose `total` is given."""
     opcode = instruction.opcode
@@ -113,9 +122,23 @@ def _sent(
     branches = [total(name) for role, name in called if role in _BRANCHES]
     others = [total(name) for role, name in called if role not in _BRANCHES]
     dearest = max(branches, key=_all_bytes, default={})
-    trips = _TRIP_COUNT.search(instruction.rest) if opcode == "while" else None
-    times = int(trips[1]) if trips else 1
+    times = _trips(instruction, computations) if opcode == "while" else 1
     return {kind: sent * times for kind, sent in _sum([*others, dearest]).items()}
+
+
+def _trips(loop: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> int:
+    """How often a `while` runs; 1 where its text does not say."""
+    if known := _TRIP_COUNT.search(loop.rest):
+        return int(known[1])
+    condition = computations.get(dict(_called(loop))["condition"], [])
+    *_, last = condition  # a computation's result is written last
+    if last.opcode != "compare" or "direction=LT" not in last.rest:
+        return 1
+    operands, _ = _split_at_end(last.rest)
+    bound = _elements(operands)[1].split()[-1].lstrip("%")
+    constants = {one.name: one.rest for one in condition if one.opcode == "constant"}
+    found = re.match(r"(\d+)\)", constants.get(bound, ""))
+    return int(found[1]) if found else 1
 
 
 def _all_bytes(totals: _Totals) -> int:

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from data_pipelines.index import user_cache
-from evf_sam_jax import plan, processes
+from evf_sam_jax import plan_command, processes
 from evf_sam_jax.command_line import parse_flags
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.evaluate import evaluate_directory
@@ -41,7 +41,7 @@ def define_flags() -> None:
         "Where compiled programs are kept for the next run; '' keeps none.",
     )
     processes.define_flags()
-    plan.define_flags()
+    plan_command.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise UserError(f"expected flags only, found {argv[1]!r}")
     if options.mode == "plan":
-        described = (options.devices, options.device_memory_gb, options.device_kind)
-        return plan.print_plan(options.config.to_dict(), *described)
+        return plan_command.print_plan(options.config.to_dict(), plan_command.described_device())
     if not options.workdir:
         raise UserError("--workdir: expected a directory, found nothing")
     values, workdir = options.config.to_dict(), epath.Path(options.workdir)

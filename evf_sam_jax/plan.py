@@ -5,13 +5,19 @@
 
 A process of its own lays the config's mesh over so many virtual CPU devices, and traces and
 compiles each stage's step from shapes alone: it reads manifests of model directories, no
-parameters and no data. Where each figure comes from:
+parameters and no data. With libtpu installed it compiles for a TPU slice itself, which need not be
+there either:
+
+    python -m evf_sam_jax.main --config configs/shapes.py --mode plan --tpu_topology v5e:2x4
+
+Where each figure comes from:
 
     shapes     counted from the shapes of the state and their shardings
     jaxpr      counted from the step's equations, traced for the share of one device
-    compiled   read off the program that XLA makes for the virtual CPU devices
+    compiled   read off the program that XLA makes for the virtual CPU devices, or for the TPUs
 
-Memory of a device, at its fullest, is taken to be
+Memory of a device, at its fullest, is what TPU's compiler says, and the batches on their way. Where
+it compiled for CPUs it is taken to be
 
     parameters + optimizer state + moving average            as the mesh splits them
     + gradients                                              likewise, twice if parts add up
@@ -23,18 +29,16 @@ import collections
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch
@@ -47,7 +51,6 @@ from evf_sam_jax.experiment import (
     ExperimentConfig,
     experiment_from_dict,
 )
-from evf_sam_jax.flops import PEAK_FLOPS
 from evf_sam_jax.model_dir import module_of, path_leaves
 from evf_sam_jax.models import attention
 from evf_sam_jax.param_rules import Params
@@ -59,15 +62,9 @@ from evf_sam_jax.sharding import (
     make_mesh,
 )
 from evf_sam_jax.stage import Stage, make_stage
+from evf_sam_jax.tpu_topology import ENVIRONMENT as TPU_ENVIRONMENT
+from evf_sam_jax.tpu_topology import tpu_devices
 from evf_sam_jax.training_data import batch_spec
-
-# Of a device's memory: for its runtime, for what is lost between blocks, and for what no count
-# sees.
-MARGIN = 0.1
-# What JAX takes of a GPU's memory where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing.
-GPU_FRACTION = 0.75
-# Model FLOPs utilisation that the estimate of the time assumes.
-ASSUMED_MFU = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,26 +72,34 @@ class Device:
     """A described device.
 
     Attributes:
+      count: how many there are; 0 where a slice of TPUs says so.
       memory: in bytes; None: not given.
       device_kind: as JAX names it; "": not given.
+      topology: a slice of TPUs to compile for, such as v5e:2x4; "": virtual CPU devices.
+      slices: how many such slices.
     """
 
-    count: int
+    count: int = 0
     memory: float | None = None
     device_kind: str = ""
+    topology: str = ""
+    slices: int = 1
 
     def __post_init__(self) -> None:
-        if self.count < 1:
+        if not self.topology and self.count < 1:
             raise UserError(f"--devices: expected how many there will be, found {self.count}")
+        if self.topology and self.count:
+            raise UserError(
+                f"--devices: expected none beside --tpu_topology, which says how many there are, "
+                f"found {self.count}"
+            )
+        if self.slices < 1 or (self.slices > 1 and not self.topology):
+            raise UserError(
+                f"--tpu_slices: expected 1 or more slices of a --tpu_topology, found {self.slices}"
+            )
         if self.memory is not None and not self.memory > 0:
             found = f"{self.memory / 1e9:g}"
             raise UserError(f"--device_memory_gb: expected a positive number, found {found}")
-
-    @property
-    def peak_flops(self) -> float | None:
-        """Dense bfloat16 operations a second of one; None where unknown."""
-        kind = self.device_kind
-        return next((peak for pattern, peak in PEAK_FLOPS if re.fullmatch(pattern, kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +120,12 @@ class StagePlan:
       encoding: bytes at the peak of the frozen image encoder; None where it is trained.
       flops: model FLOPs a step, all devices together.
       collectives: kind -> how many a step, and their bytes, as `collective_bytes` counts.
+      device_kind: what was compiled for, as JAX names it: cpu, or one of TPUs.
       arguments: bytes of the compiled step's inputs.
-      temporaries: bytes that the compiled step needs besides, on a CPU.
+      temporaries: bytes that the compiled step needs besides, there.
       compile_seconds: that compiling took.
+      refused: what TPU's compiler said where the step does not fit; then the compiled figures
+        are 0.
     """
 
     name: str
@@ -140,9 +148,11 @@ class StagePlan:
     encoding: int | None
     flops: int
     collectives: dict[str, tuple[int, int]]
+    device_kind: str
     arguments: int
     temporaries: int
     compile_seconds: float
+    refused: str = ""
 
     @property
     def all_gradients(self) -> int:
@@ -156,39 +166,24 @@ class StagePlan:
 
     @property
     def total(self) -> int:
-        """Bytes of a device at its fullest."""
+        """Bytes of a device at its fullest, as counted."""
         kept = sum(self.state.values())
         return kept + self.all_gradients + self.batches + self.activations
 
+    @property
+    def for_tpus(self) -> bool:
+        """Whether the compiled figures are those of the devices that are meant."""
+        return self.device_kind != "cpu"
 
-def define_flags() -> None:
-    """The flags that describe devices which need not be there."""
-    flags.DEFINE_integer("devices", 0, "For --mode plan: how many devices there will be.")
-    flags.DEFINE_float(
-        "device_memory_gb", None, "For --mode plan: memory of each device, in 1e9 bytes."
-    )
-    flags.DEFINE_string(
-        "device_kind", "", "For --mode plan: what JAX calls the device, such as 'NVIDIA L40S'."
-    )
-
-
-def print_plan(
-    values: Mapping[str, Any], devices: int, memory_gb: float | None, device_kind: str
-) -> None:
-    """Prints what each stage of a config file's values would need on such devices.
-
-    Nothing of JAX is started in this process.
-
-    Raises:
-      UserError: the flags or the config describe nothing that can be.
-    """
-    memory = None if memory_gb is None else memory_gb * 1e9
-    device = Device(devices, memory, device_kind)
-    for plan in plan_elsewhere(values, device.count):
-        print(plan_text(plan, device), end="\n\n")
+    @property
+    def needed(self) -> int:
+        """Bytes of a device at its fullest, by the better source: TPU's compiler, if it took it."""
+        if not self.for_tpus or self.refused:
+            return self.total
+        return self.arguments + self.temporaries + STEPS_AHEAD * self.batch
 
 
-def plan_elsewhere(values: Mapping[str, Any], devices: int) -> list[StagePlan]:
+def plan_elsewhere(values: Mapping[str, Any], device: Device) -> list[StagePlan]:
     """The plan of each stage, made by another process that has so many virtual CPU devices.
 
     Raises:
@@ -202,9 +197,11 @@ def plan_elsewhere(values: Mapping[str, Any], devices: int) -> list[StagePlan]:
             **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
             "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's warnings are about its work, not about the plan
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_NUM_CPU_DEVICES": str(max(1, device.count)),
+            **(TPU_ENVIRONMENT if device.topology else {}),
         }
         command = [sys.executable, "-m", "evf_sam_jax.plan", str(request), str(answer)]
+        command += [device.topology, str(device.slices)]
         code = subprocess.run(command, env=environment).returncode
         if code or not answer.exists():
             raise UserError(
@@ -217,13 +214,18 @@ def plan_elsewhere(values: Mapping[str, Any], devices: int) -> list[StagePlan]:
     return [_from_json(stage) for stage in found["stages"]]
 
 
-def plan_experiment(experiment: ExperimentConfig) -> list[StagePlan]:
-    """The plan of each stage on the devices of this process, on which nothing runs.
+def plan_experiment(
+    experiment: ExperimentConfig, devices: Sequence[Any] | None = None
+) -> list[StagePlan]:
+    """The plan of each stage, of which nothing runs.
+
+    Args:
+      devices: to compile for; None: those of this process.
 
     Raises:
       UserError: there is no such mesh, or the batch or the parameters cannot be split over it.
     """
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh, devices)
     stages = [make_stage(experiment, config, mesh) for config in experiment.stages]
     return [plan_stage(stage) for stage in stages]
 
@@ -238,13 +240,7 @@ def plan_stage(stage: Stage) -> StagePlan:
     saved, peak, encoding = activation_bytes(
         experiment, config, shapes.trainable, shapes.frozen, own
     )
-    begun = time.monotonic()
-    with jax.set_mesh(stage.mesh):
-        compiled = stage.step().lower(shapes, batch).compile()
-    seconds = time.monotonic() - begun
-    memory = compiled.memory_analysis()
-    assert memory is not None, "XLA's CPU compiler says what it needs"
-    sent = collective_bytes(compiled.as_text() or "")
+    compiled = compile_step(stage, batch)
     return StagePlan(
         name=config.name,
         steps=config.steps,
@@ -265,11 +261,37 @@ def plan_stage(stage: Stage) -> StagePlan:
         largest_saved=dict(saved.most_common(NAMED_RESIDUALS)),
         encoding=encoding,
         flops=stage.flops(batch),
-        collectives={kind: (one.count, one.bytes) for kind, one in sent.items() if one.count},
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        compile_seconds=seconds,
+        device_kind=stage.mesh.devices.flat[0].device_kind,
+        **compiled,
     )
+
+
+def compile_step(stage: Stage, batch: Batch) -> dict[str, Any]:
+    """What can be read off a stage's compiled step: these fields of `StagePlan`."""
+    begun = time.monotonic()
+    refused = ""
+    sent, arguments, temporaries = {}, 0, 0
+    try:
+        with jax.set_mesh(stage.mesh):
+            compiled = stage.step().lower(stage.shapes, batch).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None, "the compilers for CPUs and TPUs say what a program needs"
+        arguments = memory.argument_size_in_bytes
+        # What is returned and takes no input's place is there beside the inputs.
+        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = memory.temp_size_in_bytes + max(0, fresh)
+        sent = collective_bytes(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError as error:
+        refused = str(error).strip().splitlines()[0]
+        if not refused.startswith("RESOURCE_EXHAUSTED"):
+            raise
+    return {
+        "collectives": {kind: (one.count, one.bytes) for kind, one in sent.items() if one.count},
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "compile_seconds": time.monotonic() - begun,
+        "refused": refused,
+    }
 
 
 def batch_shapes(spec: BatchSpec, sharding: Any = None) -> Batch:
@@ -304,104 +326,6 @@ def parameter_counts(trainable: Params, frozen: Params) -> dict[str, tuple[int, 
     return {module: (counts[module][0], counts[module][1]) for module in sorted(counts)}
 
 
-def plan_text(plan: StagePlan, device: Device) -> str:
-    """The plan of a stage for people, with the source of each figure."""
-    data, fsdp = plan.mesh
-    parts = f" in {plan.accumulate} parts" if plan.accumulate > 1 else ""
-    compiled = f"compiled for {data * fsdp} virtual CPU devices"
-    lines = [
-        f"stage {plan.name}: mesh {data}x{fsdp} (data x fsdp), ZeRO stage {plan.zero_stage}; "
-        f"{plan.images} images a step{parts}, {plan.share} at a time on each device",
-        f"largest batch: {plan.phrases} phrases of {plan.text_length} tokens an image, canvas "
-        f"{plan.canvas[0]} x {plan.canvas[1]}",
-        "",
-        f"{'parameters (shapes)':<36} {'trained':>15} {'frozen':>15}",
-        *(_count_row(f"  {name}", *counts) for name, counts in plan.parameters.items()),
-        _count_row("  total", *map(sum, zip(*plan.parameters.values(), strict=True))),
-        "",
-        f"{'memory of each device':<46} {'MB':>10}  from",
-        *(_memory_row(name, size, "shapes") for name, size in plan.state.items()),
-        _memory_row(_gradients_name(plan), plan.all_gradients, "shapes"),
-        _memory_row(f"{STEPS_AHEAD + 1} batches, in use or on their way", plan.batches, "shapes"),
-        _memory_row("activations at their peak", plan.activations, "jaxpr, nothing fused"),
-        _memory_row("sum", plan.total, ""),
-        "of the activations:",
-        _memory_row("kept for the backward pass", plan.saved, "jaxpr, the exact residuals"),
-        *(_memory_row(f"  {name}", size, "jaxpr") for name, size in plan.largest_saved.items()),
-    ]
-    if plan.encoding is not None:
-        lines.append(
-            _memory_row("peak of the frozen image encoder", plan.encoding, "jaxpr, of one chunk")
-        )
-    lines += [
-        "the same by XLA's CPU compiler, where bfloat16 is float32 and so takes too much:",
-        _memory_row("state and one batch", plan.arguments, compiled),
-        _memory_row("gradients and activations", plan.temporaries, compiled),
-        "",
-        _verdict(plan, device),
-        "",
-        f"model FLOPs: {plan.flops:.4g} a step, {plan.flops / plan.images:.4g} an image (jaxpr; "
-        "what is recomputed does not count)",
-        *_times(plan, device),
-        "",
-        f"between devices, a step, of each ({compiled} in {plan.compile_seconds:.0f} s; there, "
-        "bfloat16 counts as",
-        "float32, and what GPUs and TPUs reduce-scatter is an all-reduce):",
-        *(
-            f"  {kind:<20} {count:>7,} x, together {size / 1e6:>12,.1f} MB"
-            for kind, (count, size) in plan.collectives.items()
-        ),
-    ]
-    return "\n".join(lines if plan.collectives else [*lines, "  nothing"])
-
-
-def _verdict(plan: StagePlan, device: Device) -> str:
-    needed = plan.total / 1e9
-    if device.memory is None:
-        return f"needs {needed:.3g} GB, and of each device's memory {MARGIN:.0%} more as a margin"
-    memory = device.memory / 1e9
-    usable = memory * (1 - MARGIN)
-    verdict = "fits" if needed <= usable else "does not fit"
-    text = (
-        f"{verdict}: {needed:.3g} GB, where a margin of {MARGIN:.0%} leaves {usable:.3g} GB of "
-        f"{memory:g} GB"
-    )
-    if verdict == "fits" and needed > GPU_FRACTION * memory:
-        text += (
-            f"\non a GPU, set XLA_PYTHON_CLIENT_MEM_FRACTION={1 - MARGIN / 2:g}: by itself JAX "
-            f"takes {GPU_FRACTION:.0%} of the memory"
-        )
-    return text
-
-
-def _times(plan: StagePlan, device: Device) -> list[str]:
-    if not device.device_kind:
-        return ["time: no --device_kind given"]
-    if device.peak_flops is None:
-        return [f"time: the peak of {device.device_kind!r} is not known (evf_sam_jax/flops.py)"]
-    least = plan.flops / (device.peak_flops * plan.mesh[0] * plan.mesh[1])
-    estimate = least / ASSUMED_MFU
-    hours = estimate * plan.steps / 3600
-    return [
-        f"at least {least:.3g} s a step, at the peak of {device.device_kind} of "
-        f"{device.peak_flops / 1e12:g}e12 a second",
-        f"an estimate at {ASSUMED_MFU:.0%} of the peak, not measured: {estimate:.3g} s a step, "
-        f"{plan.images / estimate:.3g} images a second, {hours:.3g} h for {plan.steps:,} steps",
-    ]
-
-
-def _gradients_name(plan: StagePlan) -> str:
-    return "gradients" if plan.accumulate == 1 else "gradients, of a part and their sum"
-
-
-def _count_row(name: str, *counts: int) -> str:
-    return f"{name:<36} " + " ".join(f"{count:>15,}" for count in counts)
-
-
-def _memory_row(name: str, size: int, source: str) -> str:
-    return f"  {name:<44} {size / 1e6:>10,.1f}  {source}".rstrip()
-
-
 def _from_json(values: Mapping[str, Any]) -> StagePlan:
     pairs = {
         key: {name: tuple(pair) for name, pair in values[key].items()}
@@ -411,17 +335,19 @@ def _from_json(values: Mapping[str, Any]) -> StagePlan:
     return StagePlan(**{**values, **pairs, **sides})
 
 
-def _answer(request: Path, answer: Path) -> None:
+def _answer(request: Path, answer: Path, topology: str, slices: int) -> None:
     """What the other process does."""
     # Tiles of attention as accelerators have them, since those are what is planned for.
-    attention.TILE_SCORES["cpu"] = attention.TILE_SCORES["gpu"]
+    attention.TILE_SCORES["cpu"] = attention.TILE_SCORES["tpu" if topology else "gpu"]
     try:
         experiment = experiment_from_dict(json.loads(request.read_text()))
-        stages = [dataclasses.asdict(plan) for plan in plan_experiment(experiment)]
+        devices = tpu_devices(topology, slices) if topology else None
+        plans = plan_experiment(experiment, devices)
+        stages = [dataclasses.asdict(plan) for plan in plans]
         answer.write_text(json.dumps({"stages": stages}))
     except UserError as error:
         answer.write_text(json.dumps({"error": str(error)}))
 
 
 if __name__ == "__main__":
-    _answer(Path(sys.argv[1]), Path(sys.argv[2]))
+    _answer(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

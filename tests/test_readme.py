@@ -81,7 +81,7 @@ def module_sources(module: str) -> list[Path]:
     path = ROOT.joinpath(*module.split("."))
     if path.with_suffix(".py").exists():
         main = ROOT / "evf_sam_jax" / "main.py"
-        extra = ("processes.py", "plan.py") if path.with_suffix(".py") == main else ()
+        extra = ("processes.py", "plan_command.py") if path.with_suffix(".py") == main else ()
         return [path.with_suffix(".py"), *(main.with_name(name) for name in extra)]
     return sorted(path.glob("*.py")) if (path / "__main__.py").exists() else []
 

@@ -176,6 +176,53 @@ def test_asynchronous_collectives_count_where_they_start():
     }
 
 
+# As TPU's compiler writes a loop, whose count it does not say, and its reduce-scatter.
+OF_TPU = """HloModule loop
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1.clone (input: f32[8,4]) -> f32[2,4] {
+  %input = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %all-reduce = f32[8,4]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce, %zero, %zero), dynamic_slice_sizes={2,4}
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %scattered = f32[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
+  %gathered = f32[8,4]{1,0} all-gather(%scattered), dimensions={0}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %next = (s32[]{:T(128)}, f32[8,4]{1,0}) tuple(%i, %gathered)
+}
+
+%condition (q: (s32[], f32[8,4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(23)
+  %q = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %start = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, f32[8,4]{1,0}) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_tpus_loops_and_fused_reduce_scatters_are_read():
+    found = collective_bytes(OF_TPU)
+    assert found["reduce-scatter"] == found["all-gather"] == Collective(23, 23 * 8 * 4 * 4)
+    assert found["all-reduce"] == Collective()
+    unknown = collective_bytes(OF_TPU.replace("direction=LT", "direction=NE"))
+    assert unknown["all-gather"] == Collective(1, 8 * 4 * 4)
+
+
 @pytest.mark.parametrize(
     "array, size",
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import jax
@@ -15,12 +16,13 @@ from evf_sam_jax.plan import (
     StagePlan,
     batch_shapes,
     parameter_counts,
-    plan_text,
-    print_plan,
+    plan_elsewhere,
     state_bytes,
 )
+from evf_sam_jax.plan_command import plan_text
 from evf_sam_jax.sharding import MeshConfig, bytes_per_device, make_mesh
 from evf_sam_jax.stage import Stage, make_stage
+from evf_sam_jax.tpu_topology import tpu_devices
 from evf_sam_jax.training_data import batch_spec
 from tests.evf_sam_jax import tiny_config, tiny_experiment
 from tests.evf_sam_jax.test_main import command
@@ -177,6 +179,7 @@ PLAN = StagePlan(
     encoding=None,
     flops=16 * 362 * 10**12,
     collectives={"all-reduce": (3, 10**6)},
+    device_kind="cpu",
     arguments=1,
     temporaries=2,
     compile_seconds=3.0,
@@ -203,20 +206,102 @@ def test_times_come_from_the_peak_of_known_devices():
     assert "the peak of 'abacus' is not known" in plan_text(PLAN, Device(8, None, "abacus"))
 
 
+def test_for_tpus_their_compiler_is_believed():
+    tpu = dataclasses.replace(
+        PLAN, device_kind="TPU v5 lite", arguments=6 * 10**9, temporaries=10**9
+    )
+    text = plan_text(tpu, Device(memory=16e9, topology="v5e:2x4"))
+    # 6 + 1, and two batches of 1 that are on their way.
+    assert "fits: 9 GB by TPU's compiler" in text and "XLA_PYTHON" not in text
+    assert "compiled for v5e:2x4 of TPU v5 lite" in text
+    assert "at the peak of TPU v5 lite of 197e12" in text and "bfloat16 counts as" not in text
+    assert "fits, since the compiler refuses what does not: 9 GB" in plan_text(
+        tpu, Device(topology="v5e:2x4")
+    )
+    refused = dataclasses.replace(tpu, refused="RESOURCE_EXHAUSTED: 33 G of 16 G", collectives={})
+    assert "does not fit: RESOURCE_EXHAUSTED" in plan_text(refused, Device(topology="v5e:2x4"))
+
+
 @pytest.mark.parametrize(
-    ("devices", "memory_gb", "message"),
+    ("described", "message"),
     [
-        (0, 48.0, "--devices: expected how many there will be, found 0"),
-        (8, 0.0, "--device_memory_gb: expected a positive number, found 0"),
-        (2, 48.0, "mesh.fsdp: expected at most the 2 devices, found 4"),
+        ({}, "--devices: expected how many there will be, found 0"),
+        ({"memory": 0.0}, "--device_memory_gb: expected a positive number, found 0"),
+        (
+            {"topology": "v5e:2x4"},
+            "--devices: expected none beside --tpu_topology, which says how many there are, "
+            "found 8",
+        ),
+        (
+            {"slices": 2},
+            "--tpu_slices: expected 1 or more slices of a --tpu_topology, found 2",
+        ),
     ],
 )
-def test_a_mistake_is_one_sentence(devices: int, memory_gb: float, message: str):
+def test_devices_that_cannot_be_are_named(described: dict, message: str):
+    with pytest.raises(UserError) as error:
+        Device(**({"count": 8, **described} if described else {}))
+    assert str(error.value) == message
+
+
+def test_a_mistake_of_the_config_is_one_sentence():
     values = tiny_config.get_config()
     values.mesh.fsdp = 4
     with pytest.raises(UserError) as error:
-        print_plan(values.to_dict(), devices, memory_gb, "")
-    assert str(error.value) == message
+        plan_elsewhere(values.to_dict(), Device(2))
+    assert str(error.value) == "mesh.fsdp: expected at most the 2 devices, found 4"
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (jax[tpu])"
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_on_tpus_gradients_are_reduce_scattered_from_the_second_stage_on():
+    def plan(zero_stage: int) -> StagePlan:
+        values = tiny_config.get_config()
+        values.mesh = {"fsdp": 4, "zero_stage": zero_stage, "min_size": 64}
+        return plan_elsewhere(values.to_dict(), Device(topology="v5e:2x4"))[-1]
+
+    stages = {zero_stage: plan(zero_stage) for zero_stage in (1, 2, 3)}
+    gradients = sum(leaf.size * FLOAT for leaf in jax.tree.leaves(stage(2).shapes.trainable))
+    for found in stages.values():
+        assert found.device_kind == "TPU v5 lite" and found.mesh == (2, 4) and not found.refused
+    assert "reduce-scatter" not in stages[1].collectives
+    assert stages[1].collectives["all-reduce"][1] == pytest.approx(gradients, rel=0.1)
+    for zero_stage in (2, 3):
+        # Of the smallest, the compiler gathers what they are products of instead.
+        assert stages[zero_stage].collectives["reduce-scatter"][1] > 0.6 * gradients
+        # What is left: the parts that groups of devices add up, and what is not split.
+        assert stages[zero_stage].collectives["all-reduce"][1] < 0.5 * gradients
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_groups_of_devices_stay_within_a_slice():
+    values = tiny_config.get_config()
+    values.mesh.fsdp = 8
+    values.stages.referring.batch_size = values.evaluation.batch_size = 16
+    plan = plan_elsewhere(values.to_dict(), Device(topology="v5e:2x4", slices=2))[-1]
+    assert plan.mesh == (2, 8)
+    values.mesh.fsdp = 16
+    with pytest.raises(UserError, match="mesh.data: expected a multiple of 2 slices, found 1"):
+        plan_elsewhere(values.to_dict(), Device(topology="v5e:2x4", slices=2))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="--tpu_topology: expected a slice .* found 'v5e:3x5'"):
+        plan_elsewhere(tiny_config.get_config().to_dict(), Device(topology="v5e:3x5"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_the_plan_says_what_is_missing():
+    with pytest.raises(UserError, match="--tpu_topology: expected libtpu"):
+        tpu_devices("v5e:2x4")
 
 
 def test_the_command_says_all_that_and_agrees_with_the_compiler():
