@@ -13,6 +13,7 @@ from evf_sam_jax.report.evaluated_set import EvaluatedSet
 
 HISTOGRAM_BINS = 20
 PRECISIONS = (0.5, 0.7, 0.9)
+FEWEST_IMAGES = 10  # of which an interval is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,17 +193,23 @@ def _scores_of(
     others = None
     if other is not None:
         others = bootstrap.ratios([other.ciou(group.member) for group in groups])
-    return tuple(
-        GroupScores(
-            label=group.label,
-            indented=group.indented,
-            phrases=int(group.member.sum()),
-            ciou=estimate(inside[:, i]),
-            to_rest=None if rest is None else estimate(inside[:, i] - rest[:, i]),
-            to_other=None if others is None else estimate(inside[:, i] - others[:, i]),
+    scores = []
+    for i, group in enumerate(groups):
+        images = len(np.unique(phrases.image_index[group.member]))
+        # Draws of one or two images say nothing: then the number stands alone.
+        draws = slice(None) if images >= FEWEST_IMAGES else slice(1)
+        one = inside[draws, i]
+        scores.append(
+            GroupScores(
+                label=group.label,
+                indented=group.indented,
+                phrases=int(group.member.sum()),
+                ciou=estimate(one),
+                to_rest=None if rest is None else estimate(one - rest[draws, i]),
+                to_other=None if others is None else estimate(one - others[draws, i]),
+            )
         )
-        for i, group in enumerate(groups)
-    )
+    return tuple(scores)
 
 
 def _compare(one: EvaluatedSet, other: EvaluatedSet, bootstrap: Bootstrap) -> Comparison:

@@ -13,6 +13,7 @@ from typing import Any
 
 from evf_sam_jax.report import charts
 from evf_sam_jax.report.analysis import (
+    FEWEST_IMAGES,
     HISTOGRAM_BINS,
     Comparison,
     Counting,
@@ -361,7 +362,8 @@ def _method(report: Report) -> str:
         f"for which fewer than {counting.no_target_pixels} pixels are predicted, T-acc the share "
         "of the others for which as many or more are.</p>"
         f"<p>Intervals are percentiles of {counting.resamples:,} bootstrap draws of images with "
-        "all their phrases. A phrase may be in several groups of words.</p>"
+        f"all their phrases; groups of fewer than {FEWEST_IMAGES} images have none. A phrase may "
+        "be in several groups of words.</p>"
         f"<details><summary>Configuration</summary><pre>{_text(config, None)}</pre></details>"
     )
 
@@ -393,9 +395,9 @@ def _signed_interval(estimate: Estimate) -> str:
 
 
 def _difference(estimate: Estimate) -> str:
-    if not _drawable(estimate):
-        return "\u2013"
     value = _signed(estimate.value)
+    if not _drawable(estimate):
+        return value
     shown = f'<span class="clear">{value}</span>' if estimate.excludes_zero else value
     return f"{shown} <small>{_signed_interval(estimate)}</small>"
 

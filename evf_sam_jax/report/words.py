@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from data_pipelines.source import SEMANTIC_PREFIX
+
 # A group's words, as written in lower case; several words are looked for as one expression.
 WORD_GROUPS: Mapping[str, tuple[str, ...]] = {
     "left": ("left", "leftmost", "far left", "left most"),
@@ -48,8 +50,9 @@ _WORD = re.compile(r"[a-z0-9]+(?:['\u2019][a-z]+)?")
 
 
 def word_list(phrase: str) -> list[str]:
-    """The words of a phrase in lower case, without punctuation."""
-    return [word.replace("\u2019", "'") for word in _WORD.findall(phrase.lower())]
+    """The words of a phrase in lower case, without punctuation and the prefix of categories."""
+    text = phrase.removeprefix(SEMANTIC_PREFIX).lower()
+    return [word.replace("\u2019", "'") for word in _WORD.findall(text)]
 
 
 def phrases_with(

@@ -11,6 +11,7 @@ PHRASES = [
     "second cat on the far left in front of the big red sofa near the second wall",
     "isn\u2019t red",
     "???",
+    "[semantic] wall",
 ]
 
 
@@ -21,7 +22,7 @@ def members(groups) -> dict[str, list[int]]:
 def test_length_counts_words():
     assert members(by_length(PHRASES)) == {
         "no word": [5],
-        "1": [2],
+        "1": [2, 6],
         "2": [4],
         "3": [0, 1],
         "13 and more": [3],

@@ -313,3 +313,12 @@ def test_the_command_says_what_is_wrong(
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_groups_of_few_images_have_no_interval(small: Path):
+    phrases = read_sets(small)["shapes/val"]
+    category = ["rare", "rare", *["often"] * (len(phrases) - 2)]
+    found = analyse(dataclasses.replace(phrases, category=category)).breakdowns["By category"]
+    assert [group.label for group in found] == ["often", "rare"]
+    assert np.isfinite([found[0].ciou.low, found[1].ciou.value]).all()
+    assert np.isnan([found[1].ciou.low, found[1].ciou.high]).all()
