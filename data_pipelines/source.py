@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import UInt8
 
 from data_pipelines.assemble import Example
 from data_pipelines.image_input import read_image
@@ -197,6 +198,18 @@ class IndexedSource:
                 f"{self.describe(index)}: expected {width} x {height} pixels as its annotations "
                 f"say, found {pixels.shape[1]} x {pixels.shape[0]}"
             )
+        texts = self.entry(index).phrases
+        return Example(
+            index,
+            pixels,
+            tuple(texts[i] for i in chosen),
+            self.masks(index, chosen),
+            self._ignore(image),
+        )
+
+    def masks(self, index: int, chosen: Sequence[int]) -> UInt8[np.ndarray, "k h w"]:
+        """Targets of the chosen phrases, without reading the image."""
+        height, width = self.index.sizes[self.images[index]].tolist()
         all_rows = self.phrase_rows(index)
         rows = [all_rows[i] for i in chosen]
         masks = np.empty((len(rows), height, width), np.uint8)
@@ -209,7 +222,7 @@ class IndexedSource:
                 parts = self.index.parts(target)
                 masks[i] = decode_parts(parts, height, width, self.rules.overlap)
                 decoded[target] = i
-        return Example(index, pixels, tuple(map(self._text, rows)), masks, self._ignore(image))
+        return masks
 
     def target_areas(self, index: int) -> list[int]:
         """Pixels of the target of each phrase."""

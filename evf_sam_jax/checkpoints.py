@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import CheckpointConfig
+from evf_sam_jax.param_rules import merge
 from evf_sam_jax.train_state import TrainState
 
 FOLDER = "checkpoints"
@@ -191,6 +192,61 @@ def is_begun(workdir: epath.Path, stage: str) -> bool:
     """Whether a stage has a checkpoint: a kill before its first one leaves a directory without."""
     directory = workdir / FOLDER / stage
     return directory.exists() and bool(ocp.utils.checkpoint_steps(directory))
+
+
+def list_checkpoints(workdir: epath.Path, stage: str) -> dict[int, float | None]:
+    """Step -> held-out cIoU, if it was measured then, of each checkpoint of a stage, oldest first.
+
+    Raises:
+      UserError: what a checkpoint says of itself cannot be read.
+    """
+    directory = epath.Path(workdir) / FOLDER / stage
+    return {
+        step: _read_meta(directory / str(step)).get(_METRIC)
+        for step in sorted(ocp.utils.checkpoint_steps(directory))
+    }
+
+
+def read_averaged_params(workdir: epath.Path, stage: str, step: int) -> Mapping[str, Any]:
+    """All parameters of a checkpoint on the host, without its optimizer state.
+
+    Those that were trained are their moving average where there is one, as training evaluates them.
+
+    Raises:
+      UserError: the checkpoint, or the frozen parameters of the stage, are damaged.
+    """
+    directory = epath.Path(workdir) / FOLDER / stage / str(step)
+    meta = _read_meta(directory)
+    name = "ema" if "ema" in meta["checksums"] else "trainable"
+    params = _read_arrays(directory / name, meta["checksums"][name])
+    frozen = epath.Path(workdir) / FOLDER / f"{stage}-frozen"
+    return merge(params, _read_arrays(frozen, meta["frozen"])) if frozen.exists() else params
+
+
+def _read_meta(directory: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(_json().restore(directory / "meta"))
+    except Exception as error:  # each layer below raises its own for what is damaged
+        raise UserError(
+            f"{directory}: expected a checkpoint that is whole, found it damaged: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _read_arrays(path: epath.Path, expected: int) -> dict[str, Any]:
+    """A tree as NumPy arrays, whatever mesh it was saved on."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            shapes = checkpointer.metadata(path).item_metadata.tree
+            as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_arrays))
+        if checksum(tree) != expected:
+            raise ValueError(_OTHER_CHECKSUM)
+    except Exception as error:  # each layer below raises its own for what is damaged
+        raise UserError(
+            f"{path}: expected parameters that are whole, found them damaged: {_first_line(error)}"
+        ) from error
+    return tree
 
 
 def checksum(tree: Any) -> int:

@@ -11,12 +11,16 @@ from evf_sam_jax.model_dir import read_manifest
 from evf_sam_jax.models.config_checks import DTYPES
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
-from evf_sam_jax.param_rules import Rules
+from evf_sam_jax.param_rules import Rules, check_rules
 from evf_sam_jax.sharding import MeshConfig
 from evf_sam_jax.train_step import PROMPT_KINDS, LossWeights
 
 # Splits of the embedded data set that no model is trained on.
 HELD_OUT = ("val", "test")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_positive(key: str, value: int) -> None:
@@ -172,6 +176,12 @@ class StageConfig:
             )
         for key in ("steps", "batch_size", "accumulate"):
             _check_positive(f"stages.{self.name}.{key}", getattr(self, key))
+        check_rules(
+            self.trainable,
+            f"stages.{self.name}.trainable",
+            "True or False",
+            lambda value: isinstance(value, bool),
+        )
         decay = self.ema_decay
         if decay is not None and not (isinstance(decay, int | float) and 0 <= decay < 1):
             raise UserError(
@@ -228,6 +238,7 @@ class InitConfig:
     def __post_init__(self) -> None:
         if self.model and (self.encoder or self.segmenter):
             raise UserError("init: expected model, or encoder and segmenter, found both")
+        check_rules(self.scale, "init.scale", "a number", _is_number)
         if self.frozen_dtype not in DTYPES:
             raise UserError(
                 f"init.frozen_dtype: expected {' or '.join(DTYPES)}, found {self.frozen_dtype!r}"
@@ -287,38 +298,6 @@ class ExperimentConfig:
         _check_not_negative("profile_every", self.profile_every)
         if not self.stages:
             raise UserError("stages: expected at least one, found none")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelEvaluationConfig:
-    """The evaluation of a model directory.
-
-    Attributes:
-      model: the directory.
-      split: data set and split, such as "shapes/val".
-      images: from the beginning of the split.
-      text_length: tokens a phrase, `<s>` and `</s>` included.
-    """
-
-    model: str
-    split: str
-    images: int
-    batch_size: int
-    text_length: int
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise UserError("config.model: expected a model directory, found nothing")
-        splits = [f"shapes/{split}" for split in HELD_OUT]
-        if self.split not in splits:
-            raise UserError(f"config.split: expected {' or '.join(splits)}, found {self.split!r}")
-        for key in ("images", "batch_size"):
-            _check_positive(f"config.{key}", getattr(self, key))
-
-
-def evaluation_from_dict(values: Mapping[str, Any]) -> ModelEvaluationConfig:
-    """Returns the evaluation that a config file describes. Raises UserError as below."""
-    return _build(ModelEvaluationConfig, values, "config")
 
 
 def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:

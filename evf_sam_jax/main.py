@@ -20,8 +20,9 @@ from data_pipelines.index import user_cache
 from evf_sam_jax import plan_command, processes
 from evf_sam_jax.command_line import parse_flags
 from evf_sam_jax.errors import UserError, run_app
-from evf_sam_jax.evaluate import evaluate_directory
-from evf_sam_jax.experiment import evaluation_from_dict, experiment_from_dict
+from evf_sam_jax.evaluation.config import job_from_dict
+from evf_sam_jax.evaluation.job import evaluate
+from evf_sam_jax.experiment import experiment_from_dict
 from evf_sam_jax.replay import replay
 from evf_sam_jax.train import train
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         elif options.mode == "replay":
             replay(experiment_from_dict(values), workdir)
         else:
-            evaluate_directory(evaluation_from_dict(values), workdir)
+            evaluate(job_from_dict(values), workdir)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.checkpoints import Checkpoints, is_begun
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
+from evf_sam_jax.evaluation.held_out import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.experiment import ExperimentConfig
 from evf_sam_jax.flops import peak_flops
 from evf_sam_jax.initialize import finished_model, initial_params, tokenizer_directory

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
 
 from evf_sam_jax.errors import UserError
@@ -193,6 +194,14 @@ def merge_shards(shards: Shards) -> "pyarrow.Table":
             f"{folder}: expected each phrase once, found some twice, as of two jobs at once"
         )
     return table
+
+
+def columns_of(
+    table: "pyarrow.Table", set_name: str, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Some columns of a set's rows."""
+    own = table.filter(_pyarrow().array(table["set"].to_numpy() == set_name))
+    return {name: own[name].to_numpy() for name in names}
 
 
 def _read_table(path: epath.Path) -> "pyarrow.Table":

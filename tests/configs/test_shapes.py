@@ -7,7 +7,8 @@ import pytest
 from configs import evaluate, shapes
 from data_pipelines.shapes import DEFAULT_CONFIG
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.experiment import evaluation_from_dict, experiment_from_dict
+from evf_sam_jax.evaluation.config import job_from_dict
+from evf_sam_jax.experiment import experiment_from_dict
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.sharding import make_mesh
@@ -114,7 +115,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
 
 def test_evaluation_names_what_it_measures():
     values = evaluate.get_config("model=runs/a/model,split=shapes/test,images=10").to_dict()
-    config = evaluation_from_dict(values)
+    config = job_from_dict(values)
     assert (config.model, config.split, config.images) == ("runs/a/model", "shapes/test", 10)
     with pytest.raises(UserError, match="config.model: expected a model directory, found nothing"):
-        evaluation_from_dict(evaluate.get_config().to_dict())
+        job_from_dict(evaluate.get_config().to_dict())

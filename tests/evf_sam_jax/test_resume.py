@@ -29,12 +29,12 @@ from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax import model_dir
 from evf_sam_jax.checkpoints import Checkpoints
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.evaluation.config import EvaluationJob
 from evf_sam_jax.experiment import (
     CheckpointConfig,
     DatasetConfig,
     DatasetsConfig,
     ExperimentConfig,
-    ModelEvaluationConfig,
     experiment_from_dict,
 )
 from evf_sam_jax.model_dir import iterate_params
@@ -612,7 +612,7 @@ def test_another_data_set_and_other_annotations_are_named(tmp_path: Path):
 
 
 def test_the_directory_of_an_evaluation_is_none_of_a_training(tmp_path: Path):
-    evaluation = ModelEvaluationConfig("runs/a/model", "shapes/val", 8, 8, 16)
+    evaluation = EvaluationJob("runs/a/model", "shapes/val")
     make_workdir(tmp_path, evaluation)
     with pytest.raises(UserError) as raised:
         resume_workdir(tmp_path, experiment(), {})
@@ -629,6 +629,26 @@ def test_a_damaged_config_is_one_sentence(content: str, tmp_path: Path):
         UserError, match="^--workdir [^\n]*: expected a (training )?run, found [^\n]*$"
     ):
         resume_workdir(tmp_path, experiment(), {})
+
+
+def test_damaged_data_fingerprints_are_one_sentence(tmp_path: Path):
+    make_workdir(tmp_path, experiment(), {})
+    (tmp_path / "data.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match=r"expected a run, found it damaged: data\.json$"):
+        resume_workdir(tmp_path, experiment(), {})
+
+
+@pytest.mark.parametrize(
+    ("key", "rules"),
+    [
+        ("init.scale", ["encoder/.*"]),
+        ("stages.referring.trainable", [["encoder/.*", 2]]),
+        ("mesh.rules", [["encoder/.*", "somewhere"]]),
+    ],
+)
+def test_rules_that_are_none_are_one_sentence(key: str, rules: list):
+    with pytest.raises(UserError, match=rf"^{key}: expected pairs of a regex and [^\n]*$"):
+        other(key, rules)
 
 
 @pytest.mark.parametrize("left", [[], ["data.json"], ["data.json", "config.json.partial"]])
@@ -763,6 +783,33 @@ def test_a_replay_finds_what_was_not_finite(
 def test_without_a_failure_there_is_nothing_to_replay(whole: Path):
     with pytest.raises(UserError, match=r"^--workdir .*: expected a run that failed, found none$"):
         replay(experiment(), epath.Path(whole))
+
+
+def test_a_damaged_failure_is_one_sentence(
+    failed: tuple[ExperimentConfig, Path, str], tmp_path: Path
+):
+    config, workdir, _ = failed
+    folder = tmp_path / "failure"
+
+    def sentence() -> str:
+        with pytest.raises(UserError) as raised:
+            replay(config, epath.Path(tmp_path))
+        return str(raised.value)
+
+    shutil.copytree(workdir / "failure", folder)
+    record = (folder / "failure.json").read_text()
+    for damage in (record[:10], "[]", "{}"):
+        (folder / "failure.json").write_text(damage)
+        assert sentence().startswith(f"{folder}/failure.json: expected ")
+    (folder / "failure.json").write_text(record)
+
+    shutil.rmtree(folder / "state")
+    assert sentence().startswith(f"{folder}/state: expected the training state of this config")
+    batch = (folder / "batch-0.npz").read_bytes()
+    (folder / "batch-0.npz").write_bytes(batch[: len(batch) // 2])
+    assert sentence().startswith(f"{folder}/batch-0.npz: expected rows of a batch, found ")
+    (folder / "batch-0.npz").unlink()
+    assert sentence() == f"{folder}/batch-*.npz: expected the 8 rows of the batch, found 0"
 
 
 def test_a_replay_of_another_experiment_is_one_sentence(

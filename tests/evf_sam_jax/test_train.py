@@ -12,14 +12,15 @@ from PIL import Image
 from data_pipelines.shapes import ShapesSource
 from evf_sam_jax import run_log
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.evaluate import evaluate_directory
-from evf_sam_jax.experiment import ModelEvaluationConfig
+from evf_sam_jax.evaluation.config import EvaluationJob
+from evf_sam_jax.evaluation.job import evaluate
+from evf_sam_jax.evaluation.loading import load_model
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.metrics import IouSums
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.predict import Predictor
 from evf_sam_jax.train import train
-from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, TEXT_LENGTH
+from tests.evf_sam_jax.tiny_experiment import EXPERIMENT
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,21 @@ def test_the_model_directory_predicts_and_scores_what_the_run_measured(run, tmp_
     example = ShapesSource("val")[0]
     prediction = Predictor.load(workdir / "model").predict(example.image, texts=["red circle"])
     assert prediction.masks.shape == (1, *example.image.shape[:2])
-    config = ModelEvaluationConfig(str(workdir / "model"), "shapes/val", 3, 2, TEXT_LENGTH)
-    assert evaluate_directory(config, tmp_path / "evaluation") == sums
+    config = EvaluationJob(str(workdir / "model"), "shapes/val", images=3, batch_size=2, devices=1)
+    results = evaluate(config, tmp_path / "evaluation")
+    score = results["sets"]["shapes/val"]["as_original"]
+    assert score["ciou"]["value"] == sums.ciou
+    np.testing.assert_allclose(score["giou"]["value"], sums.giou, rtol=1e-12)
+
+
+def test_the_newest_checkpoint_is_the_model_that_the_run_ends_with(run: tuple[Path, IouSums]):
+    workdir = run[0]
+    finished = load_model(str(workdir / "model")).fingerprint
+    for checkpoint in ("newest", "best", "2"):
+        assert load_model(str(workdir), checkpoint).fingerprint == finished
+    assert load_model(str(workdir), "0").fingerprint != finished
+    with pytest.raises(UserError, match="config.checkpoint: expected newest, best or a step of"):
+        load_model(str(workdir), "7")
 
 
 def test_frozen_parameters_leave_the_run_as_they_came(run: tuple[Path, IouSums]):

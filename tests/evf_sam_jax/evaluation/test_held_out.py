@@ -6,7 +6,7 @@ import functools
 import numpy as np
 
 from data_pipelines.assemble import Example
-from evf_sam_jax.evaluate import evaluate, make_count_step, prediction_panel
+from evf_sam_jax.evaluation.held_out import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.metrics import IouSums
 from evf_sam_jax.predict import Prediction, Predictor

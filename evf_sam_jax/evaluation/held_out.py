@@ -1,8 +1,11 @@
-"""cIoU and gIoU of a model over a set, and pictures of what it predicts.
+"""cIoU and gIoU of a model in training over held-out images, and pictures of what it predicts.
 
 Reference: hustvl/EVF-SAM at 9935dc5, `eval.py`.
 
 Differences: examples are batched; each counts once, however many devices there are.
+
+What is measured here is a stream of batches on the mesh of the training; `job.py` measures a
+finished model, phrase by phrase.
 """
 
 import functools
@@ -10,22 +13,15 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int32, UInt8
 
-from data_pipelines.assemble import BatchSpec, Example
+from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
-from data_pipelines.eval_pipeline import eval_dataset
-from data_pipelines.shapes import DEFAULT_CONFIG, ShapesSource
-from data_pipelines.train_pipeline import iterate
-from evf_sam_jax.errors import UserError
-from evf_sam_jax.experiment import ModelEvaluationConfig
 from evf_sam_jax.metrics import IouSums, overlap_counts
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.predict import Predictor
-from evf_sam_jax.run_log import RunLog, make_workdir
 from evf_sam_jax.sharding import replicated
 from evf_sam_jax.train_step import PromptKind, predict_masks
 from evf_sam_jax.visualize import COLORS, Cell, outline, overlay, panel
@@ -65,40 +61,6 @@ def evaluate(
             sums = sums.merge(_sums(pending.pop(0)))
     for last in pending:
         sums = sums.merge(_sums(last))
-    return sums
-
-
-def evaluate_directory(config: ModelEvaluationConfig, workdir: epath.PathLike) -> IouSums:
-    """Evaluates a model directory; writes the numbers to a line and to `metrics.jsonl`.
-
-    Raises:
-      UserError: no such model or set, or the directory of the run is in use.
-    """
-    predictor = Predictor.load(config.model)
-    if predictor.tokenizer is None:
-        raise UserError(f"{config.model}: expected a model with a tokenizer, found one without")
-    source = ShapesSource(config.split.removeprefix("shapes/"), DEFAULT_CONFIG, config.images)
-    spec = BatchSpec(
-        batch_size=config.batch_size,
-        phrases=source.config.phrases,
-        text_length=config.text_length,
-        frame=predictor.config.segmenter.image_size,
-        encoder_size=predictor.config.encoder.image_size,
-        canvas=(max(source.config.sides), max(source.config.sides)),
-    )
-    workdir = epath.Path(workdir)
-    make_workdir(workdir, config)
-    with (
-        RunLog(workdir) as log,
-        iterate(eval_dataset(source, predictor.tokenizer, spec)) as batches,
-    ):
-        count_step = make_count_step(predictor.config, "text")
-        sums = evaluate(count_step, predictor.params, batches)
-        log.scalars(0, {f"{config.split}_ciou": sums.ciou, f"{config.split}_giou": sums.giou})
-        log.line(
-            f"{config.split}: cIoU {sums.ciou:.3f}, gIoU {sums.giou:.3f} "
-            f"({config.images} images, {sums.masks} phrases)"
-        )
     return sums
 
 
