@@ -83,15 +83,22 @@ class NoTarget:
 
 
 @dataclasses.dataclass(frozen=True)
+class CategoryScore:
+    """cIoU of a category, overlapping parts counted as their union."""
+
+    phrases: int
+    ciou: float
+
+
+@dataclasses.dataclass(frozen=True)
 class SetScores:
     """All numbers of a set.
 
     Attributes:
       as_original: overlapping parts counted as the original does.
       as_union: overlapping parts counted as their union.
-      categories: phrases and cIoU (of the union) of each category; None where phrases are not
-        categories.
-      category_mean_ciou: mean of the latter.
+      categories: of each its own; None where phrases are not categories.
+      category_mean_ciou: mean of theirs.
     """
 
     images: int
@@ -99,7 +106,7 @@ class SetScores:
     as_original: Score
     as_union: Score
     no_target: NoTarget
-    categories: dict[str, dict[str, float]] | None = None
+    categories: dict[str, CategoryScore] | None = None
     category_mean_ciou: float | None = None
 
 
@@ -126,7 +133,7 @@ def score_set(
     categories = mean = None
     if by_category:
         categories = _by_category(columns["category"], *union)
-        mean = math.fsum(one["ciou"] for one in categories.values()) / len(categories)
+        mean = math.fsum(one.ciou for one in categories.values()) / len(categories)
     return SetScores(
         images=int(image.max()) + 1,
         phrases=len(image),
@@ -219,11 +226,11 @@ def _no_target(columns: Columns, fewer_than: int) -> NoTarget:
 
 def _by_category(
     category: np.ndarray, intersection: Int[np.ndarray, " n"], union: Int[np.ndarray, " n"]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, CategoryScore]:
     names, place = np.unique(category, return_inverse=True)
     found = {}
     for number, name in enumerate(names.tolist()):
         own = place == number
         ciou = cumulative_iou(intersection[own], union[own])
-        found[name] = {"phrases": int(own.sum()), "ciou": ciou}
+        found[name] = CategoryScore(int(own.sum()), ciou)
     return found
