@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.evaluation.splits import EvaluationSet, open_sets
+from evf_sam_jax.evaluation.splits import PAPER_SETS, EvaluationSet, open_sets
+from evf_sam_jax.evaluation.tables import PAPER
 from evf_sam_jax.report.analysis import Counting, SetAnalysis, analyse, worst_and_best
 from evf_sam_jax.report.evaluated_set import EvaluatedSet, read_sets, require_same_phrases
 from evf_sam_jax.report.page import Card, Picture, Report, render
@@ -54,6 +55,7 @@ def build_report(run: epath.PathLike, against: epath.PathLike | None = None) -> 
             config=config,
             counting=counting,
             sets=analyses,
+            paper=_paper_figures(run, list(sets)),
             only_here=[name for name in sets if against is not None and name not in others],
             only_there=[name for name in others if name not in sets],
             worst=[_card(read, ordered[i], None, row) for i, row in worst],
@@ -74,17 +76,31 @@ def _names(run: epath.PathLike, against: epath.PathLike | None) -> tuple[str, st
 
 
 def _config(run: epath.PathLike) -> Mapping[str, Any]:
-    """What the run wrote of its values; nothing where it wrote none."""
-    path = epath.Path(run) / "config.json"
+    """The values that the run was started with; nothing where it wrote none."""
+    return _read_json(epath.Path(run) / "config.json")
+
+
+def _paper_figures(run: epath.PathLike, names: Sequence[str]) -> dict[str, float]:
+    """The paper's cIoU of these sets, in percent, if the run is of one of the paper's models."""
+    model = _read_json(epath.Path(run) / "results.json").get("model")
+    variant = model.get("paper_variant") if isinstance(model, Mapping) else None
+    if not isinstance(variant, str) or variant not in PAPER:
+        return {}
+    figures = dict(zip(PAPER_SETS, PAPER[variant][1], strict=True))
+    return {name: figures[name] for name in names if name in figures}
+
+
+def _read_json(path: epath.Path) -> Mapping[str, Any]:
+    """The object that a file holds; nothing where there is no file."""
     try:
-        config = json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected the values of the run, found {error}") from None
-    if not isinstance(config, Mapping):
-        raise UserError(f"{path}: expected an object, found {type(config).__name__}")
-    return config
+        raise UserError(f"{path}: expected what the run wrote there, found {error}") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
 
 
 def _counting(config: Mapping[str, Any]) -> Counting:

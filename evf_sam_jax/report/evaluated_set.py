@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.rows import read_rows
+from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.report.estimates import Ratio
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class EvaluatedSet:
 
 
 def read_sets(run: epath.PathLike) -> dict[str, EvaluatedSet]:
-    """The sets of a finished evaluation by name, in the order of their names.
+    """The sets of a finished evaluation by name: the paper's in its order, then the others.
 
     Raises:
       UserError: there is no finished evaluation, it is damaged, or it has no phrases.
@@ -84,10 +85,12 @@ def read_sets(run: epath.PathLike) -> dict[str, EvaluatedSet]:
     names = np.array(table.column("set").to_pylist(), object)
     bounds = np.flatnonzero(names[1:] != names[:-1]) + 1
     starts = [0, *bounds.tolist(), len(names)]
-    return {
+    sets = {
         str(names[begin]): _from_table(str(names[begin]), table.slice(begin, end - begin))
         for begin, end in zip(starts, starts[1:], strict=False)
     }
+    known = [name for name in PAPER_SETS if name in sets]
+    return {name: sets[name] for name in [*known, *(n for n in sets if n not in known)]}
 
 
 def require_same_phrases(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.report import charts
 from evf_sam_jax.report.analysis import (
     FEWEST_IMAGES,
@@ -26,6 +27,7 @@ from evf_sam_jax.report.estimates import LEVEL, PERMUTATIONS, Estimate
 
 LONGEST_TEXT = 300  # letters of a phrase or name that are shown
 LISTED_FLIPS = 500  # phrases of a set that flipped, each way
+OPENED_FLIPS = 50  # longer lists are closed, and not on the paper
 SIGNIFICANT = 0.05
 
 # Besides what the style sheet asks for: nothing is loaded, nothing is run.
@@ -70,6 +72,7 @@ class Report:
       config: what it was evaluated with.
       counting: how it counts.
       sets: by set.
+      paper: the paper's cIoU of this model's variant, in percent, by the set it is of.
       only_here: sets that the other run does not have.
       only_there: sets that only the other run has.
       worst: cards, the worst first.
@@ -85,6 +88,7 @@ class Report:
     config: Mapping[str, Any]
     counting: Counting
     sets: Sequence[SetAnalysis]
+    paper: Mapping[str, float]
     only_here: Sequence[str]
     only_there: Sequence[str]
     worst: Sequence[Card]
@@ -98,16 +102,14 @@ def render(report: Report) -> str:
     """The page."""
     style = (resources.files("evf_sam_jax.report") / "page.css").read_text()
     title = f"Evaluation {report.run}"
-    compared = [one for one in report.sets if one.comparison is not None]
     sections = [("scores", "Scores", _scores(report))]
     if report.other:
         sections.append(("comparison", f"Against {_text(report.other)}", _comparison(report)))
     for i, one in enumerate(report.sets):
-        sections.append((f"set-{i}", _text(one.phrases.name), _set(one, report.other)))
-    for one in compared:
-        i = report.sets.index(one)
-        heading = f"Flipped in {_text(one.phrases.name)}"
-        sections.append((f"flipped-{i}", heading, _flips(one, report)))
+        content = _set(one, report.other)
+        if one.comparison is not None:
+            content += _flips(one, report)
+        sections.append((f"set-{i}", _text(one.phrases.name), content))
     for key, heading, cards in (
         ("worst", f"The worst {len(report.worst)}", report.worst),
         ("best", f"The best {len(report.best)}", report.best),
@@ -142,13 +144,24 @@ def _facts(report: Report) -> str:
 def _scores(report: Report) -> str:
     names = list(dict.fromkeys(name for one in report.sets for name in one.scores))
     heads = "".join(f"<th>{name}" for name in names)
+    if report.paper:
+        heads = "<th>paper\u2019s cIoU" + heads
     rows = []
     for i, one in enumerate(report.sets):
         cells = "".join(_score_cell(one.scores.get(name)) for name in names)
+        if report.paper:
+            figure = report.paper.get(one.phrases.name)
+            cells = f"<td>{'' if figure is None else f'{figure:.1f}'}{cells}"
         rows.append(
             f'<tr><td class="name"><a href="#set-{i}">{_text(one.phrases.name)}</a>'
             f"<td>{one.phrases.images:,}<td>{len(one.phrases):,}{cells}"
         )
+    if len(report.paper) == len(PAPER_SETS):
+        ours = [s.scores["cIoU"].value for s in report.sets if s.phrases.name in report.paper]
+        paper = sum(report.paper.values()) / len(PAPER_SETS)
+        mean = _percent(sum(ours) / len(ours))
+        rest = "<td>" * (len(names) - 1)
+        rows.append(f"<tr><td>average<td><td><td>{paper:.1f}<td>{mean}{rest}")
     intro = f"<p>In percent; below each its {LEVEL:.0%} interval by a bootstrap over images.</p>"
     table = f"<thead><tr><th>set<th>images<th>phrases{heads}</thead><tbody>{''.join(rows)}</tbody>"
     notes = "".join(map(_no_target_note, report.sets))
@@ -230,6 +243,8 @@ def _ciou_sentence(ciou: Difference, other: str) -> str:
     value = ciou.difference.value
     if value == 0:
         return f"cIoU is the same as {_text(other)}\u2019s."
+    if abs(100 * value) < 0.05:
+        return f"cIoU is within 0.05 points of {_text(other)}\u2019s (p {_p_sentence(ciou.p)})."
     size = f"{abs(100 * value):.1f} points {'higher' if value > 0 else 'lower'}"
     clear = "a significant difference" if ciou.p < SIGNIFICANT else "no significant difference"
     return (
@@ -320,7 +335,9 @@ def _flips(one: SetAnalysis, report: Report) -> str:
             )
         heads = f"<th>phrase<th>image<th>IoU of {_text(report.other)}<th>IoU here"
         table = f"<thead><tr>{heads}</thead><tbody>{''.join(lines)}</tbody>"
-        parts.append(f'<details open><summary>Phrases</summary><div class="scroll"><table>{table}')
+        opened = " open" if len(rows) <= OPENED_FLIPS else ""
+        parts.append(f"<details{opened}><summary>The phrases</summary>")
+        parts.append(f'<div class="scroll"><table>{table}')
         parts.append("</table></div></details>")
     return "".join(parts)
 

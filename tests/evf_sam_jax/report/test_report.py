@@ -13,6 +13,7 @@ import pytest
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.rows import read_rows, write_rows
+from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.report.__main__ import main
 from evf_sam_jax.report.analysis import analyse, worst_and_best
 from evf_sam_jax.report.build import build_report
@@ -267,7 +268,7 @@ def test_mistakes_are_one_sentence(small: Path, tmp_path: Path):
     with pytest.raises(UserError, match="expected the same phrases .* found 36 and 12"):
         build_report(other, fewer)
     (fewer / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: expected the values of the run"):
+    with pytest.raises(UserError, match="config.json: expected what the run wrote there"):
         build_report(fewer)
 
 
@@ -322,3 +323,13 @@ def test_groups_of_few_images_have_no_interval(small: Path):
     assert [group.label for group in found] == ["often", "rare"]
     assert np.isfinite([found[0].ciou.low, found[1].ciou.value]).all()
     assert np.isnan([found[1].ciou.low, found[1].ciou.high]).all()
+
+
+def test_the_papers_figures_stand_beside_those_of_its_models(small: Path, tmp_path: Path):
+    run = change(small, tmp_path / "run", set=lambda i, old: PAPER_SETS[i // 3 % 8])
+    assert "paper\u2019s cIoU" not in Page(build_report(run)).words
+    (run / "results.json").write_text('{"model": {"paper_variant": "evf-sam-multitask"}}')
+    words = Page(build_report(run)).words
+    # arXiv 2406.20076, Table 2: RefCOCO testA, and the average of the eight.
+    assert "paper\u2019s cIoU" in words and "84.2" in words
+    assert "average 79.0" in words
