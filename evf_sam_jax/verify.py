@@ -138,32 +138,28 @@ def verify(
         yield case, compare(mask, case.mask), as_published
 
 
-def report(results: Sequence[tuple[Case, Comparison, bool]]) -> str:
-    """Returns what to say about all cases; its last line is the verdict."""
-    lines = []
-    for case, comparison, as_published in results:
-        lines.append(
-            f"{case.image} {case.phrase!r}: IoU {comparison.iou:.4f}, "
-            f"{comparison.differing} of {case.mask.size} pixels differ "
-            f"(outline {comparison.outline}): {comparison.verdict.value}"
-        )
-        if not as_published:
-            lines.append(f"note: {case.image} is not the published file: its sha256 is another")
-    counts = {verdict: 0 for verdict in Verdict}
-    for _, comparison, _ in results:
-        counts[comparison.verdict] += 1
-    verdict = f"{counts[Verdict.MATCHES]} of {len(results)} masks match the published ones"
-    if counts[Verdict.SAME_THING]:
-        verdict += (
-            f", {counts[Verdict.SAME_THING]} show the same thing with another outline, "
+def describe(case: Case, comparison: Comparison, as_published: bool) -> str:
+    """Returns a line of text on one case, with a note if the file is not the published one."""
+    line = (
+        f"{case.image} {case.phrase!r}: IoU {comparison.iou:.4f}, "
+        f"{comparison.differing} of {case.mask.size} pixels differ "
+        f"(outline {comparison.outline}): {comparison.verdict.value}"
+    )
+    if as_published:
+        return line
+    return f"{line}\nnote: {case.image} is not the published file: its sha256 is another"
+
+
+def summarize(comparisons: Sequence[Comparison]) -> str:
+    """Returns the line of text that says how many masks match."""
+    verdicts = [comparison.verdict for comparison in comparisons]
+    line = f"{verdicts.count(Verdict.MATCHES)} of {len(verdicts)} masks match the published ones"
+    if same_thing := verdicts.count(Verdict.SAME_THING):
+        line += (
+            f", {same_thing} show the same thing with another outline, "
             "as another checkpoint of EVF-SAM may"
         )
-    return "\n".join([*lines, verdict])
-
-
-def all_match(results: Sequence[tuple[Case, Comparison, bool]]) -> bool:
-    """Whether the model made the masks, as far as masks can tell."""
-    return all(comparison.verdict is Verdict.MATCHES for _, comparison, _ in results)
+    return line
 
 
 def _decode(run_lengths: dict) -> Bool[np.ndarray, "h w"]:
@@ -212,9 +208,17 @@ def verify_directory(
         raise UserError(
             f"{model}: expected a model directory with tokenizer files, found none in it"
         )
-    results = list(verify(predictor, photos, published))
-    print(report(results))
-    return 0 if all_match(results) else 1
+    return print_comparison(predictor, photos, published)
+
+
+def print_comparison(predictor: Predictor, photos: str | os.PathLike, cases: Sequence[Case]) -> int:
+    """Prints a line a case as it is compared, then the verdict; returns the exit code."""
+    comparisons = []
+    for case, comparison, as_published in verify(predictor, photos, cases):
+        print(describe(case, comparison, as_published), flush=True)
+        comparisons.append(comparison)
+    print(summarize(comparisons))
+    return 0 if all(one.verdict is Verdict.MATCHES for one in comparisons) else 1
 
 
 if __name__ == "__main__":
