@@ -12,6 +12,23 @@ Params = dict[str, Any]
 Rules = Sequence[tuple[str, T]]
 
 
+def check_rules(rules: Any, what: str, value: str, valid: Callable[[Any], bool]) -> None:
+    """Checks the form of rules that somebody wrote, before there are paths.
+
+    Args:
+      what: the name of the rules in an error message.
+      value: what the second of each pair shall be, in words.
+      valid: whether it is.
+
+    Raises:
+      UserError: they are no sequence of pairs, or a pair is not of a string and such a value.
+    """
+    for rule in rules if isinstance(rules, list | tuple) else [rules]:
+        pair = isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)
+        if not (pair and valid(rule[1])):
+            raise UserError(f"{what}: expected pairs of a regex and {value}, found {rule!r}")
+
+
 def match_rules(
     rules: Rules[T], paths: Iterable[str], what: str, allow_unused: bool = False
 ) -> dict[str, T]:

@@ -10,6 +10,7 @@ which parameters' gradients are not finite.
 
 import dataclasses
 import json
+import zipfile
 from typing import Any
 
 import jax
@@ -63,13 +64,10 @@ def replay(experiment: ExperimentConfig, workdir: epath.PathLike) -> bool:
       Whether loss and gradients are finite this time, in the run's dtype.
 
     Raises:
-      UserError: the run has no failure on record.
+      UserError: the run has no failure on record, or one that is damaged or of another config.
     """
     folder = run_directory(workdir) / FOLDER
-    try:
-        record = json.loads((folder / "failure.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"--workdir {workdir}: expected a run that failed, found none") from None
+    record = _read_record(folder)
     named = {one.name: one for one in experiment.stages}
     if record["stage"] not in named:
         raise UserError(
@@ -79,9 +77,8 @@ def replay(experiment: ExperimentConfig, workdir: epath.PathLike) -> bool:
     config = named[record["stage"]]
     mesh = make_mesh(experiment.mesh)
     stage = make_stage(experiment, config, mesh)
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder / "state", stage.shapes)
-    batch = _read_batch(folder)
+    batch = _read_batch(folder, config.batch_size)
+    state = _read_state(folder / "state", stage.shapes)
     print(f"{record['what']}\nstage {record['stage']}, step {record['step']}, from {folder}")
     print(f"examples: {', '.join(map(str, np.asarray(batch.example_id).tolist()))}")
     finite = _report("as it ran", stage, state, batch)
@@ -118,13 +115,47 @@ def _report(title: str, stage: Stage, state: TrainState, batch: Batch) -> bool:
     return bool(np.isfinite(total)) and not broken
 
 
-def _read_batch(folder: epath.Path) -> Batch:
+def _read_record(folder: epath.Path) -> dict[str, Any]:
+    path = folder / "failure.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"--workdir {folder.parent}: expected a run that failed, found none"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected the record of a failure, found {error}") from None
+    keys = {"stage", "step", "what"}
+    if not isinstance(record, dict) or not keys <= record.keys():
+        raise UserError(f"{path}: expected the keys {', '.join(sorted(keys))}, found {record!r}")
+    return record
+
+
+def _read_state(path: epath.Path, shapes: TrainState) -> TrainState:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, shapes)
+    except Exception as error:  # each layer below Orbax raises its own
+        found = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path}: expected the training state of this config, found {found[0]}"
+        ) from None
+
+
+def _read_batch(folder: epath.Path, batch_size: int) -> Batch:
     """The batch as it was, of the rows that each process wrote."""
     parts = []
     for path in sorted(folder.glob("batch-*.npz")):
-        with path.open("rb") as file, np.load(file) as content:
-            parts.append(dict(content))
-    rows = np.concatenate([part.pop("rows") for part in parts])
+        try:
+            with path.open("rb") as file, np.load(file) as content:
+                parts.append(dict(content))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: expected rows of a batch, found {error}") from None
+    rows = np.concatenate([[], *(part.pop("rows", []) for part in parts)]).astype(int)
+    if sorted(rows.tolist()) != list(range(batch_size)):
+        raise UserError(
+            f"{folder}/batch-*.npz: expected the {batch_size} rows of the batch, found {len(rows)}"
+        )
     order = np.argsort(rows)
     fields = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
     return Batch(**{"sam_image": None, **fields})

@@ -103,6 +103,8 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
         made_of = json.loads((workdir / _DATA).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir {workdir}: expected a run, found it damaged: {error}") from None
+    if not isinstance(made_of, dict):
+        raise UserError(f"--workdir {workdir}: expected a run, found it damaged: {_DATA}")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     if not isinstance(before, dict) or "stages" not in before:
         raise UserError(

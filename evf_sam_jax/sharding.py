@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.model_dir import nest, path_leaves
-from evf_sam_jax.param_rules import Params, Rules, match_rules
+from evf_sam_jax.param_rules import Params, Rules, check_rules, match_rules
 from evf_sam_jax.train_state import TrainState
 
 AXES = ("data", "fsdp")
@@ -64,11 +64,7 @@ class MeshConfig:
                 raise UserError(f"mesh.{key}: expected {least} or more, found {value!r}")
         if self.zero_stage not in (1, 2, 3):
             raise UserError(f"mesh.zero_stage: expected 1, 2 or 3, found {self.zero_stage!r}")
-        for pattern, target in self.rules:
-            if target not in TARGETS:
-                raise UserError(
-                    f"mesh.rules: expected {' or '.join(TARGETS)} for {pattern!r}, found {target!r}"
-                )
+        check_rules(self.rules, "mesh.rules", " or ".join(TARGETS), TARGETS.__contains__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -3,12 +3,31 @@
 import pytest
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.param_rules import map_rules, match_rules, merge, split
+from evf_sam_jax.param_rules import check_rules, map_rules, match_rules, merge, split
 
 PARAMS = {
     "encoder": {"proj": {"kernel": 1, "bias": 2}},
     "segmenter": {"mask_decoder": {"kernel": 3}, "image_encoder": {"kernel": 4}},
 }
+
+
+@pytest.mark.parametrize(
+    ("rules", "found"),
+    [
+        (["encoder/.*"], "'encoder/.*'"),
+        ("encoder/.*", "'encoder/.*'"),
+        ([["encoder/.*", True, 1]], "['encoder/.*', True, 1]"),
+        ([[1, True]], "[1, True]"),
+        ([["encoder/.*", "yes"]], "['encoder/.*', 'yes']"),
+        (None, "None"),
+    ],
+)
+def test_what_is_no_rule_is_named(rules, found: str):
+    with pytest.raises(UserError) as raised:
+        check_rules(rules, "trainable", "True or False", lambda value: isinstance(value, bool))
+    assert str(raised.value) == (
+        f"trainable: expected pairs of a regex and True or False, found {found}"
+    )
 
 
 def test_the_first_match_wins():

@@ -638,19 +638,6 @@ def test_damaged_data_fingerprints_are_one_sentence(tmp_path: Path):
         resume_workdir(tmp_path, experiment(), {})
 
 
-@pytest.mark.parametrize(
-    ("key", "rules"),
-    [
-        ("init.scale", ["encoder/.*"]),
-        ("stages.referring.trainable", [["encoder/.*", 2]]),
-        ("mesh.rules", [["encoder/.*", "somewhere"]]),
-    ],
-)
-def test_rules_that_are_none_are_one_sentence(key: str, rules: list):
-    with pytest.raises(UserError, match=rf"^{key}: expected pairs of a regex and [^\n]*$"):
-        other(key, rules)
-
-
 @pytest.mark.parametrize("left", [[], ["data.json"], ["data.json", "config.json.partial"]])
 def test_a_directory_that_a_kill_left_before_the_run_began_is_new(left: list[str], tmp_path: Path):
     for name in left:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import types
 from typing import Any
 
@@ -288,11 +289,14 @@ def test_meshes():
         ({"zero_stage": 4}, "mesh.zero_stage: expected 1, 2 or 3, found 4"),
         ({"fsdp": 0}, "mesh.fsdp: expected 1 or more, found 0"),
         ({"data": -1}, "mesh.data: expected 0 or more, found -1"),
-        ({"rules": ((".*", "tensor"),)}, "expected fsdp or replicated for '.*', found 'tensor'"),
+        (
+            {"rules": ((".*", "tensor"),)},
+            "mesh.rules: expected pairs of a regex and fsdp or replicated, found ('.*', 'tensor')",
+        ),
     ],
 )
 def test_values_that_no_mesh_has(values: dict, message: str):
-    with pytest.raises(UserError, match=message.replace(".*'", r"\.\*'")):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         MeshConfig(**values)
 
 
