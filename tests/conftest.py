@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # wait for each other for ever where there are no more threads than devices.
 os.environ.setdefault("NPROC", "64")
 
+import tempfile
+
 import jax
 import pytest
 
@@ -26,6 +28,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Float32 products on accelerators are otherwise done in TF32 or bfloat16.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Many tests compile the same tiny programs, each in functions of its own.
+_compiled = tempfile.TemporaryDirectory(prefix="evf_sam_compiled_")
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
