@@ -37,7 +37,7 @@ class Images:
     sam_image: UInt8[np.ndarray, "n s s 3"]
     sizes: Int32[np.ndarray, "n 4"]
     encoder_image: Float32[np.ndarray, "n h w 3"]
-    ignore: tuple[Bool[np.ndarray, "h w"] | None, ...]
+    ignore: tuple[Bool[np.ndarray, "_ _"] | None, ...]
     failed: tuple[str | None, ...]
 
 
@@ -82,7 +82,7 @@ class Round:
         return max(0 if row is None else len(row.image.tiles(side)) for row in self.targets)
 
     def tile(
-        self, number: int, ignore: Sequence[Bool[np.ndarray, "h w"] | None]
+        self, number: int, ignore: Sequence[Bool[np.ndarray, "_ _"] | None]
     ) -> tuple[Int32[np.ndarray, "n 2"], UInt8[np.ndarray, "n k t t"]]:
         """Origin and targets of each row's square of this number; what is not there is ignored.
 
