@@ -13,6 +13,7 @@ from evf_sam_jax.report.analysis import Counting, SetAnalysis, analyse, worst_an
 from evf_sam_jax.report.evaluated_set import EvaluatedSet, read_sets, require_same_phrases
 from evf_sam_jax.report.page import Card, Picture, Report, render
 from evf_sam_jax.report.pictures import ReadExample, predicted_mask, read_matching, thumbnail
+from evf_sam_jax.run_log import run_directory
 
 SHOWN = 50  # of the worst, and of the best
 SHOWN_FLIPS = 40  # with pictures, of all sets and both ways
@@ -69,9 +70,10 @@ def build_report(run: epath.PathLike, against: epath.PathLike | None = None) -> 
 
 def _names(run: epath.PathLike, against: epath.PathLike | None) -> tuple[str, str]:
     """The runs' last folders, or whole paths where these are the same."""
+    here = run_directory(run).name
     if against is None:
-        return epath.Path(run).name or str(run), ""
-    here, there = epath.Path(run).name, epath.Path(against).name
+        return here or str(run), ""
+    there = run_directory(against).name
     return (here, there) if here and there and here != there else (str(run), str(against))
 
 
@@ -110,7 +112,8 @@ def _counting(config: Mapping[str, Any]) -> Counting:
         "seed": "bootstrap_seed",
         "no_target_pixels": "no_target_pixels",
     }
-    return Counting(**{name: int(config[key]) for name, key in keys.items() if key in config})
+    found = {name: config.get(key) for name, key in keys.items()}
+    return Counting(**{name: value for name, value in found.items() if isinstance(value, int)})
 
 
 def _reader(

@@ -1,5 +1,6 @@
 """Writes the directory of an evaluation that no model made: targets, shifted or mistaken."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 
 from data_pipelines.segmentations import encode_mask
 from data_pipelines.shapes import ShapesSource
+from evf_sam_jax.evaluation.config import EvaluationJob
 from evf_sam_jax.evaluation.rows import PhraseRow, schema, write_rows
 
 CATEGORIES = ("circle", "square", "triangle", "strip", "object")
@@ -85,9 +87,10 @@ def prediction_columns(target: np.ndarray, predicted: np.ndarray, masks: bool = 
     )
 
 
-def write(workdir: Path, rows: list[dict]) -> None:
-    """Writes rows as an evaluation does, with what the report reads of its config."""
+def write(workdir: Path, rows: list[dict], **values) -> None:
+    """Writes rows and a config as an evaluation does; `values` are some of the config's."""
     workdir.mkdir(parents=True, exist_ok=True)
     checked = [vars(PhraseRow(**row)) for row in rows]
     write_rows(workdir, pa.Table.from_pylist(checked, schema=schema()))
-    (workdir / "config.json").write_text(json.dumps({"model": "runs/made_up/model", "data": ""}))
+    job = EvaluationJob(model="runs/made_up/model", split="shapes/val", **values)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(job)))

@@ -18,7 +18,7 @@ from evf_sam_jax.report.__main__ import main
 from evf_sam_jax.report.analysis import analyse, worst_and_best
 from evf_sam_jax.report.build import build_report
 from evf_sam_jax.report.evaluated_set import read_sets
-from tests.evf_sam_jax.report.made_up_run import prediction_columns, write_run
+from tests.evf_sam_jax.report.made_up_run import prediction_columns, write, write_run
 
 ROOT = Path(__file__).parents[3]
 ATTACK = "<script>alert(1)</script><img src=x onerror='alert(2)'> \u202e\x07\"&amp;"
@@ -333,3 +333,12 @@ def test_the_papers_figures_stand_beside_those_of_its_models(small: Path, tmp_pa
     # arXiv 2406.20076, Table 2: RefCOCO testA, and the average of the eight.
     assert "paper\u2019s cIoU" in words and "84.2" in words
     assert "average 79.0" in words
+
+
+def test_it_counts_as_the_run_did(small: Path, tmp_path: Path):
+    rows = read_rows(small).to_pylist()
+    write(tmp_path / "run", rows, no_target_pixels=7, bootstrap_samples=77)
+    words = Page(build_report(tmp_path / "run")).words
+    assert "fewer than 7 pixels are predicted" in words and "percentiles of 77 bootstrap" in words
+    assert "Model runs/made_up/model , 1 set, 12 images, 36 phrases." in words
+    assert '"no_target_pixels": 7' in words
