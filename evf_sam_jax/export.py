@@ -11,12 +11,14 @@
     EXPORT_DIR/evf_sam_export/            the loader (`export_loader.py`) and the files it needs
     EXPORT_DIR/__main__.py                `python EXPORT_DIR --image ... --text ... --out ...`
 
-One artefact serves all its platforms. Number and length of phrases are symbolic: each artefact is
+One artefact serves all its platforms; where the image encoder's attention has other tiles on CPUs
+than on accelerators, it holds both. Number and length of phrases are symbolic: each artefact is
 compiled where it runs, once for each bucket.
 """
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -39,7 +41,7 @@ from convert.safetensors_files import SafetensorsWriter
 from data_pipelines import image_input, tokenizers
 from evf_sam_jax import export_loader, mask_geometry, model_dir
 from evf_sam_jax.errors import UserError, run_app
-from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models import attention, evf_sam
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
 from evf_sam_jax.output_directory import new_directory, require_absent
 from evf_sam_jax.predictor import PHRASE_BUCKETS, TILE, TOKEN_BUCKETS, check_parameters
@@ -96,7 +98,7 @@ def export_model(
     config = _read_config(model, manifest, dtype)
     stored = model_dir.describe(model)
     model_dir.require_space(out, sum(4 * leaf.size for leaf in stored.values()))
-    functions = model_functions(config)
+    functions = model_functions(config, platforms)
     try:
         with new_directory(out, "--out") as directory:
             for name, function in functions.items():
@@ -113,13 +115,25 @@ def export_model(
         raise UserError(f"--out: cannot write {out}: {error.strerror or error}") from None
 
 
-def model_functions(config: evf_sam.EvfSamConfig) -> dict[str, Function]:
-    """Returns what is exported: the functions that `Predictor` compiles, and their inputs."""
+def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> dict[str, Function]:
+    """Returns what is exported: what `Predictor` computes, and the shapes of its inputs."""
 
     def encode_image(
         leaves: Leaves, sam_image: UInt8[Array, "1 s s 3"], sam_size: Int[Array, "1 2"]
     ) -> dict[str, Any]:
-        features = evf_sam.encode_image(config, model_dir.nest(leaves), sam_image, sam_size)
+        def encode(tiles: str, *inputs: Any) -> ImageFeatures:
+            with attention.tiles_of(tiles):
+                return evf_sam.encode_image(config, *inputs)
+
+        # Not those of the machine that exports.
+        on_cpu, elsewhere = (functools.partial(encode, tiles) for tiles in ("cpu", "gpu"))
+        inputs = (model_dir.nest(leaves), sam_image, sam_size)
+        if "cpu" not in platforms:
+            features = elsewhere(*inputs)
+        elif set(platforms) == {"cpu"}:
+            features = on_cpu(*inputs)
+        else:
+            features = jax.lax.platform_dependent(*inputs, cpu=on_cpu, default=elsewhere)
         return {"embedding": features.embedding, "high_res": list(features.high_res)}
 
     def decode_phrases(

@@ -5,8 +5,11 @@ gigabyte of them, and on a CPU writing that out and reading it back costs more t
 products do, so they are computed in tiles that stay in the cache (`benchmarks/image_encoder.py`).
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,18 @@ from evf_sam_jax.models.layers import matmul_precision, on_each_device
 TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 # Below this many scores in total, tiles cost more than they save.
 SMALL_SCORES = 2**23
+
+_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def tiles_of(backend: str) -> Iterator[None]:
+    """What is traced within has the tiles of `backend`; otherwise they are of jax's default one."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
 
 
 def attend(
@@ -108,7 +123,7 @@ def _attend_rows(
         return (context / total).astype(q.dtype)
 
     query = query * scale
-    rows, block = tile_shape(n, tokens, jax.default_backend())
+    rows, block = tile_shape(n, tokens, _backend.get() or jax.default_backend())
     if (rows, block) == (n, tokens):
         return attend_tile((query, key, value, bias_h, bias_w))
 
