@@ -177,11 +177,6 @@ class Predictor:
         self.config = config
         self.params = jax.device_put(params)
         self.tokenizer = tokenizer
-        self._encode_images = jax.jit(functools.partial(_encode_images, config))
-        self._encode_phrases = jax.jit(functools.partial(_encode_phrases, config))
-        self._attention = jax.jit(functools.partial(evf_sam.image_cls_attention, config))
-        self._decode = jax.jit(functools.partial(_decode, config), static_argnames="multimask")
-        self._tile = jax.jit(functools.partial(_tile, config.segmenter.image_size))
 
     @classmethod
     def load(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":
@@ -338,7 +333,8 @@ class Predictor:
             count = max(bucket for bucket in IMAGE_BUCKETS if bucket <= len(ready))
             chunk, ready = ready[:count], ready[count:]
             sizes = np.asarray([image.frame.content for image in chunk], np.int32)
-            features = self._encode_images(
+            features = _encode_images(
+                self.config,
                 {"segmenter": self.params["segmenter"]},
                 np.stack([image.sam_image for image in chunk]),
                 sizes,
@@ -421,6 +417,7 @@ class Predictor:
         self, encoded: EncodedImage, low_res_logits: Float32[np.ndarray, "l l"]
     ) -> Float32[np.ndarray, "h w"]:
         """Returns one mask's logits at the size of the image, computed tile by tile."""
+        frame = self.config.segmenter.image_size
         height, width = encoded.size
         size = np.asarray([encoded.size], np.int32)
         logits = jax.device_put(low_res_logits[None, None])
@@ -428,7 +425,7 @@ class Predictor:
         for top in range(0, height, TILE):
             for left in range(0, width, TILE):
                 origin = np.asarray([top, left], np.int32)
-                tile = np.asarray(self._tile(logits, encoded.sam_size, size, origin))[0, 0]
+                tile = np.asarray(_tile(frame, logits, encoded.sam_size, size, origin))[0, 0]
                 result[top : top + TILE, left : left + TILE] = tile[: height - top, : width - left]
         return result
 
@@ -456,7 +453,9 @@ class Predictor:
         if isinstance(image, InputImage):
             encoder_image = image.encoder_image[None]
         padded = (x[:, None] for x in self._pad([ids]))
-        patches = self._attention({"encoder": self.params["encoder"]}, encoder_image, *padded)
+        patches = _attention(
+            self.config, {"encoder": self.params["encoder"]}, encoder_image, *padded
+        )
         height, width = image.frame.size
         picture = Image.fromarray(np.asarray(patches, np.float32)[0, 0])
         return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
@@ -516,10 +515,11 @@ class Predictor:
         if with_mask:
             masks = [prompt.mask for prompt in prompts if prompt.mask is not None]
             asked["mask"] = np.stack(masks)[:, None]
-        return self._decode(
+        return _decode(
+            self.config,
             {"segmenter": self.params["segmenter"]},
             [image.features for image in images],
-            Prompts(**asked),
+            Prompts(**jax.device_put(asked)),
             multimask=multimask,
         )
 
@@ -527,7 +527,8 @@ class Predictor:
         self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]]
     ) -> Float[Array, "r 1 t c"]:
         text_ids, text_valid = self._pad(ids)
-        return self._encode_phrases(
+        return _encode_phrases(
+            self.config,
             {key: self.params[key] for key in ("encoder", "projector")},
             [image.encoder_image for image in images],
             text_ids[:, None],
@@ -541,6 +542,13 @@ class Predictor:
         return tokenizers.pad_token_ids(ids, min(tokens, self.config.encoder.max_text_tokens))
 
 
+# Compiled once a process for each config and bucket, whichever predictor asks.
+_compiled = functools.partial(jax.jit, static_argnames="config")
+
+_attention = _compiled(evf_sam.image_cls_attention)
+
+
+@_compiled
 def _encode_images(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
@@ -554,6 +562,7 @@ def _encode_images(
     return [jax.tree.unflatten(structure, row) for row in zip(*rows, strict=True)]
 
 
+@_compiled
 def _encode_phrases(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
@@ -565,6 +574,7 @@ def _encode_phrases(
     return evf_sam.encode_phrases(config, params, images, text_ids, text_valid)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "multimask"))
 def _decode(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
@@ -576,6 +586,7 @@ def _decode(
     return evf_sam.decode(config, params, stacked, prompts, multimask)
 
 
+@functools.partial(jax.jit, static_argnames="frame")
 def _tile(
     frame: int,
     low_res_logits: Float[Array, "1 1 l l"],
