@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,15 +90,21 @@ class ExportedModel:
         Raises:
           UserError: no phrase, an empty or too long one, or an image without pixels.
         """
+        if isinstance(texts, str):
+            raise UserError("expected a list of phrases, found one text")
+        return self.predict_ids(image, [self.tokenizer.encode(text) for text in texts])
+
+    def predict_ids(
+        self, image: UInt8[np.ndarray, "h w 3"], ids: Sequence[Sequence[int]]
+    ) -> Prediction:
+        """As `predict`, of phrases as token ids, `<s>` and `</s>` included."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
             raise UserError(
                 "expected an image of uint8 pixels [height, width, 3], "
                 f"found {image.dtype} {list(image.shape)}"
             )
-        if len(texts) == 0 or isinstance(texts, str):
-            found = "one text" if isinstance(texts, str) else "none"
-            raise UserError(f"expected a list of at least one phrase, found {found}")
-        ids = [self.tokenizer.encode(text) for text in texts]
+        if not ids:
+            raise UserError("expected at least one phrase, found none")
         preprocessing = self.manifest["preprocessing"]
         sam_image, sam_size = image_input.sam_input(image, preprocessing["segmenter"]["frame"])
         encoder_image = image_input.encoder_input(image, preprocessing["encoder"]["size"])
@@ -238,12 +245,14 @@ def _predict_file(
 ) -> None:
     if os.path.lexists(out):
         raise UserError(f"--out: expected a path where nothing is yet, found {out}")
-    prediction = ExportedModel.load(directory).predict(image_input.read_image(image), texts)
+    pixels = image_input.read_image(image)
+    prediction = ExportedModel.load(directory).predict(pixels, texts)
     try:
         out.mkdir(parents=True)
         for number, mask in enumerate(prediction.masks):
             Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"{number}.png")
     except OSError as error:
+        shutil.rmtree(out, ignore_errors=True)  # all masks or none
         raise UserError(f"--out: cannot write {out}: {error.strerror or error}") from None
     for number, (text, mask) in enumerate(zip(texts, prediction.masks, strict=True)):
         # repr: a phrase may hold what a terminal would obey.

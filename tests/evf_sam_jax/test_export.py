@@ -18,9 +18,9 @@ import safetensors.numpy
 from PIL import Image
 
 from data_pipelines import image_input
-from evf_sam_jax import export, model_dir
+from evf_sam_jax import export, export_loader, model_dir
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.export_loader import ExportedModel
+from evf_sam_jax.export_loader import ExportedModel, Prediction
 from evf_sam_jax.models import attention, evf_sam
 from evf_sam_jax.predictor import Predictor
 
@@ -343,7 +343,7 @@ def test_phrases_and_images_that_cannot_be_used(exported: pathlib.Path):
     model = ExportedModel.load(exported)
     for phrases, words in (
         ([], "at least one phrase, found none"),
-        ("the circle", "a list of at least one phrase, found one text"),
+        ("the circle", "a list of phrases, found one text"),
         (["the circle", " "], "is empty"),
         (["circle " * 2000], "tokens, expected at most"),
     ):
@@ -369,6 +369,43 @@ def test_the_command_says_a_mistake_in_one_line(directory: pathlib.Path, tmp_pat
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --platforms") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--image": "none.png"}, "none.png: expected an image file, found nothing there"),
+        ({"--text": " "}, "the phrase ' ' is empty"),
+        ({"--out": "image.png"}, "--out: expected a path where nothing is yet"),
+        ({"--out": "image.png/masks"}, "--out: cannot write"),
+    ],
+)
+def test_the_export_says_a_mistake_in_one_line(
+    exported: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    words: str,
+):
+    class Untrained(ExportedModel):
+        """Compiles nothing: what is tested comes before or after."""
+
+        def predict_ids(self, image: np.ndarray, ids: list[list[int]]) -> Prediction:
+            logits = np.zeros((len(ids), *image.shape[:2]), np.float32)
+            return Prediction(logits, logits > 0, logits[:, 0, 0])
+
+    monkeypatch.setattr(export_loader, "ExportedModel", Untrained)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(8, 8)).save("image.png")
+    options = {"--image": "image.png", "--text": "the circle", "--out": "masks"} | changes
+    with pytest.raises(SystemExit) as exit:
+        export_loader.main(exported, [word for pair in options.items() for word in pair])
+    printed = capsys.readouterr()
+    assert (exit.value.code, printed.out) == (2, "")
+    assert printed.err.startswith("error: ") and words in printed.err
+    assert printed.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
 
 
 @pytest.mark.slow
