@@ -66,8 +66,6 @@ class EvaluationJob:
         if not self.model:
             raise UserError("config.model: expected a model directory, found nothing")
         split_names(self.split)
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, field.type)
         for key in ("batch_size", "phrases", "bootstrap_samples", "shard_phrases", "threads"):
             if getattr(self, key) < 1:
                 raise UserError(f"config.{key}: expected 1 or more, found {getattr(self, key)}")
@@ -80,12 +78,6 @@ class EvaluationJob:
                 raise UserError(f"config.{key}: expected {expected}, found {getattr(self, key)!r}")
         if self.coco_json and not self.masks:
             raise UserError("config.coco_json: expected false without config.masks, found true")
-
-    def _check_type(self, key: str, expected: Any) -> None:
-        value = getattr(self, key)
-        if type(value) is not expected:
-            what = {str: "text", int: "a whole number", bool: "true or false"}[expected]
-            raise UserError(f"config.{key}: expected {what}, found {value!r}")
 
 
 def job_from_dict(values: Mapping[str, Any]) -> EvaluationJob:
@@ -101,4 +93,7 @@ def job_from_dict(values: Mapping[str, Any]) -> EvaluationJob:
     for key, field in known.items():
         if key not in values and field.default is dataclasses.MISSING:
             raise UserError(f"config: the key {key!r} is missing")
+        if key in values and type(values[key]) is not field.type:
+            what = {str: "text", int: "a whole number", bool: "true or false"}[field.type]
+            raise UserError(f"config.{key}: expected {what}, found {values[key]!r}")
     return EvaluationJob(**values)
