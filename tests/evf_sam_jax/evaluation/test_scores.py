@@ -19,7 +19,7 @@ def columns(**given) -> dict[str, np.ndarray]:
         "predicted_pixels": np.array(given["union"]),
         "intersection_parts_union": np.array(given["intersection"]),
         "union_parts_union": np.array(given["union"]),
-        **{name: np.asarray(value) for name, value in given.items()},
+        **{name: np.array(value) for name, value in given.items()},
     }
     return values
 
