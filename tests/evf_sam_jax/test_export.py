@@ -21,12 +21,11 @@ from data_pipelines import image_input
 from evf_sam_jax import export, export_loader, model_dir
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.export_loader import ExportedModel, Prediction
-from evf_sam_jax.models import attention, evf_sam
+from evf_sam_jax.models import attention
 from evf_sam_jax.predictor import Predictor
+from tests.evf_sam_jax.tiny_model import CONFIG, edited, picture, write_tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOKENIZER = ROOT / "data_pipelines" / "shapes_tokenizer"
-CONFIG = evf_sam.EvfSamConfig.tiny()
 PLATFORMS = ("cpu", "cuda", "tpu")
 NEEDED = ("jax", "numpy", "flatbuffers", "pillow", "sentencepiece", "safetensors")
 
@@ -40,21 +39,8 @@ PHRASES = (
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model directory whose random parameters all matter, with the shapes' tokenizer."""
-    rng = np.random.default_rng(10)  # whose masks are neither empty nor full
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = rng.normal(size=shape).astype(np.float32)
-        if path.endswith("kernel"):
-            return values / np.float32(np.sqrt(shape[-2]))
-        return 1 + values / 10 if path.endswith("scale") else values
-
-    shapes = model_dir.path_leaves(evf_sam.param_shapes(CONFIG))
-    params = {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    manifest = model_dir.Manifest(variant="tiny", config=CONFIG.to_dict())
-    model_dir.write_model_dir(path, params, manifest, TOKENIZER)
-    return path
+    """Of a seed whose masks are neither empty nor full."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", seed=10)
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +48,6 @@ def exported(directory: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("exports") / "tiny"
     export.export_model(directory, path, PLATFORMS)
     return path
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise, smooth enough to survive a resize."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
 # Everything but Python's own modules, jax's dependencies and what the loader may need is not there.
@@ -212,14 +192,6 @@ def test_bfloat16_is_the_model_in_bfloat16(directory: pathlib.Path, tmp_path: pa
 # Mistakes.
 
 Case = Callable[[pathlib.Path, pathlib.Path], dict]
-
-
-def edited(directory: pathlib.Path, path: pathlib.Path, **changes: object) -> pathlib.Path:
-    """A copy of a directory with other values in its manifest."""
-    shutil.copytree(directory, path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | changes))
-    return path
 
 
 def wider(directory: pathlib.Path, path: pathlib.Path) -> pathlib.Path:

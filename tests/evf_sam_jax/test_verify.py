@@ -15,34 +15,22 @@ from PIL import Image
 from data_pipelines import image_input
 from evf_sam_jax import model_dir, verify
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models import evf_sam
 from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.verify import Case, Verdict, compare
+from tests.evf_sam_jax import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOKENIZER = ROOT / "data_pipelines" / "shapes_tokenizer"
-TINY = evf_sam.EvfSamConfig.tiny()
 # The shapes' tokenizer cuts the phrases into more tokens than the tiny model has positions for.
-CONFIG = dataclasses.replace(TINY, encoder=dataclasses.replace(TINY.encoder, max_text_positions=66))
+CONFIG = dataclasses.replace(
+    tiny_model.CONFIG,
+    encoder=dataclasses.replace(tiny_model.CONFIG.encoder, max_text_positions=66),
+)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A tiny model directory, with weights and masks of no meaning."""
-    rng = np.random.default_rng(10)  # whose masks are neither empty nor full
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        values = rng.normal(size=shape).astype(np.float32)
-        if path.endswith("kernel"):
-            return values / np.float32(np.sqrt(shape[-2]))
-        return 1 + values / 10 if path.endswith("scale") else values
-
-    shapes = model_dir.path_leaves(evf_sam.param_shapes(CONFIG))
-    params = {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    manifest = model_dir.Manifest(variant="tiny", config=CONFIG.to_dict())
-    model_dir.write_model_dir(path, params, manifest, TOKENIZER)
-    return path
+    """Of a seed whose masks are neither empty nor full."""
+    return tiny_model.write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", CONFIG, seed=10)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +43,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Pictures of the photographs' names and sizes."""
     path = tmp_path_factory.mktemp("photos")
     for number, case in enumerate(verify.published_cases()):
-        height, width = case.mask.shape
-        small = np.random.default_rng(number).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(path / case.image, quality=95)
+        picture = tiny_model.picture(*case.mask.shape, seed=number)
+        Image.fromarray(picture).save(path / case.image, quality=95)
     return path
 
 

@@ -14,9 +14,9 @@ TOKENIZER = Path(__file__).parents[2] / "data_pipelines" / "shapes_tokenizer"
 CONFIG = evf_sam.EvfSamConfig.tiny()
 
 
-def random_params(config: evf_sam.EvfSamConfig = CONFIG) -> dict[str, np.ndarray]:
+def random_params(config: evf_sam.EvfSamConfig = CONFIG, seed: int = 0) -> dict[str, np.ndarray]:
     """Path -> parameter; none is zero, as some are where a training begins."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
         values = rng.normal(size=shape).astype(np.float32)
@@ -28,10 +28,10 @@ def random_params(config: evf_sam.EvfSamConfig = CONFIG) -> dict[str, np.ndarray
     return {path: draw(path, leaf.shape) for path, leaf in shapes.items()}
 
 
-def write_tiny_model(path: Path) -> Path:
+def write_tiny_model(path: Path, config: evf_sam.EvfSamConfig = CONFIG, seed: int = 0) -> Path:
     """Writes the directory, with the tokenizer of the shapes."""
-    manifest = model_dir.Manifest(variant="tiny", config=CONFIG.to_dict())
-    model_dir.write_model_dir(path, random_params(), manifest, TOKENIZER)
+    manifest = model_dir.Manifest(variant="tiny", config=config.to_dict())
+    model_dir.write_model_dir(path, random_params(config, seed), manifest, TOKENIZER)
     return path
 
 
