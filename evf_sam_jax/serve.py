@@ -8,6 +8,7 @@ knows no users and no encryption: before it is offered to a network, put a proxy
 """
 
 import contextlib
+import importlib.util
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from absl import flags
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.predictor import TOKEN_BUCKETS, Predictor
 
-try:
+try:  # what the extra `serve` installs
     import uvicorn
+    from starlette.types import ASGIApp
 
     from evf_sam_jax.serving.app import guarded, make_api
     from evf_sam_jax.serving.asked import Limits
     from evf_sam_jax.serving.batcher import Batcher, Batching
-    from evf_sam_jax.serving.page import mount_page
 except ModuleNotFoundError as error:
     if error.name and error.name.startswith("evf_sam_jax"):
         raise
@@ -59,6 +60,10 @@ def main(argv: list[str]) -> None:
     if _MISSING:
         raise UserError(
             f'expected {_MISSING}, which serving needs, found none: pip install ".[serve]"'
+        )
+    if options.page and importlib.util.find_spec("gradio") is None:
+        raise UserError(
+            'expected gradio, which the page needs, found none: pip install ".[serve]", or --nopage'
         )
     limits = Limits(
         upload_bytes=options.max_upload_mb << 20,
@@ -111,8 +116,7 @@ def serve(
     """
     host, port = listener.getsockname()[:2]
     with Batcher(predictor, batching) as batcher:
-        api = make_api(batcher, limits, name)
-        application = guarded(mount_page(api, limits, name) if page else api, limits)
+        application = make_application(batcher, limits, name, page)
         config = uvicorn.Config(
             application,
             log_level="warning",
@@ -123,6 +127,16 @@ def serve(
         )
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def make_application(batcher: "Batcher", limits: "Limits", name: str, page: bool) -> "ASGIApp":
+    """Returns what a server runs: the endpoints, the page if it is wanted, the limits."""
+    api = make_api(batcher, limits, name)
+    if not page:
+        return guarded(api, limits)
+    from evf_sam_jax.serving.page import mount_page  # takes seconds
+
+    return guarded(mount_page(api, limits, name), limits)
 
 
 if __name__ == "__main__":

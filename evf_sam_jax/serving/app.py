@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 from fastapi import FastAPI
 from PIL import Image
 from starlette.exceptions import HTTPException
@@ -69,10 +70,6 @@ def make_api(batcher: Batcher, limits: Limits, name: str) -> FastAPI:
     async def refused(request: Request, error: HTTPException) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
-    @api.exception_handler(Exception)  # the server logs it
-    async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed at this; its log says how"}, 500)
-
     return api
 
 
@@ -107,6 +104,11 @@ class _Desk:
                 f"expected at most {many} requests at a time, found more: try again in a second",
                 headers={"Retry-After": "1"},
             ) from None
+        except HTTPException:
+            raise
+        except Exception as error:
+            logging.exception("%s failed", request.url.path)
+            raise HTTPException(500, "the server failed at this; its log says how") from error
 
     async def predict(self, request: Request, admission: Admission) -> Response:
         wanted = _accepted(request)

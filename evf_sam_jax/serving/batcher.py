@@ -163,24 +163,26 @@ class Batcher:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             until = time.monotonic() + self.batching.linger
-            while (count := self._fitting()) == len(self._waiting) and not self._closed:
-                if not self._changed.wait(timeout=max(0.0, until - time.monotonic())):
-                    break
-            return [self._waiting.popleft() for _ in range(count)]
+            while True:
+                count, full = self._fitting()
+                left = until - time.monotonic()
+                if full or self._closed or left <= 0 or not self._changed.wait(left):
+                    return [self._waiting.popleft() for _ in range(count)]
 
-    def _fitting(self) -> int:
-        """How many of the first that wait make a batch."""
+    def _fitting(self) -> tuple[int, bool]:
+        """How many of the first that wait make a batch, and whether no more would fit."""
         images: set[str] = set()
         prompts = 0
         for count, work in enumerate(self._waiting):
             if isinstance(work, _AttentionWork):
-                return max(count, 1)
+                return max(count, 1), True
             images.add(work.digest)
             prompts += len(work.job.prompts)
             too_many = len(images) > self.batching.images or prompts > self.batching.prompts
             if count and too_many:
-                return count
-        return len(self._waiting)
+                return count, True
+        full = len(images) >= self.batching.images or prompts >= self.batching.prompts
+        return len(self._waiting), full
 
     def _compute(self, batch: Sequence[_MasksWork | _AttentionWork]) -> None:
         masks = [work for work in batch if isinstance(work, _MasksWork)]
@@ -198,7 +200,7 @@ class Batcher:
     def _found(self, decoded: DecodedJob) -> Found:
         """Brings masks to the size of their image, one at a time."""
 
-        def mask(logits: Float32[np.ndarray, "l l"], iou: float) -> FoundMask:
+        def mask(logits: Float32[np.ndarray, "l l"], iou: np.float32) -> FoundMask:
             pixels = self.predictor.upsample(decoded.image, logits) > 0
             area = int(pixels.sum())
             return FoundMask(

@@ -1,4 +1,8 @@
-"""Refuses a request whose body is too large while it is being read, whoever reads it."""
+"""Refuses a request whose body is too large while it is being read, whoever reads it.
+
+Starlette's own limit (`RequestBodyLimitMiddleware`) answers and closes at once: a client that is
+still sending sees a broken connection instead of the reason.
+"""
 
 import asyncio
 import time

@@ -61,6 +61,7 @@ const evfSam = (() => {
     canvas.height = Math.max(1, Math.round(picture.height * scale));
     element("evf-drop").classList.add("evf-full");
     forget();
+    for (const id of ["evf-heat", "evf-heat-png"]) if (element(id)) element(id).hidden = true;
     say("evf-status", `${picture.width} x ${picture.height} pixels. Type phrases, or click.`);
     draw();
   }
@@ -282,7 +283,6 @@ const evfSam = (() => {
     const rle = element("evf-rle");
     if (rle.href) URL.revokeObjectURL(rle.href);
     rle.hidden = true;
-    for (const id of ["evf-heat", "evf-heat-png"]) if (element(id)) element(id).hidden = true;
   }
 
   async function attend(phrases, semantic) {
