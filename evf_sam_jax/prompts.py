@@ -182,7 +182,7 @@ def _array(name: str, value: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     words = "[" + ", ".join("any" if side is None else str(side) for side in shape) + "]"
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name}: expected an array of numbers {words}") from None
     fits = array.ndim == len(shape) and all(
         side in (None, found) for side, found in zip(shape, array.shape, strict=True)

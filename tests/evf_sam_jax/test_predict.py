@@ -1,6 +1,8 @@
 """The command: files of each phrase and each job, bad input, and what becomes of bad files."""
 
+import contextlib
 import io
+import json
 import pathlib
 import subprocess
 import sys
@@ -10,10 +12,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import coco
 
+from data_pipelines import image_input
 from evf_sam_jax import predict, visualize
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.predict import predict_file, write_prediction
+from evf_sam_jax.predict import Request, predict_files, write_prediction
 from evf_sam_jax.predictor import Predictor
 from tests.evf_sam_jax.tiny_model import edited, picture, write_tiny_model
 
@@ -65,6 +69,128 @@ def test_pictures_and_lines_of_each_phrase(predictor: Predictor, tmp_path: pathl
         np.testing.assert_array_equal(np.asarray(file), overlay)
 
 
+def png(path: pathlib.Path) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
+def test_folders_and_patterns_and_a_bad_file(
+    directory: pathlib.Path, predictor: Predictor, tmp_path: pathlib.Path
+):
+    photos, more = tmp_path / "photos", tmp_path / "more"
+    photos.mkdir()
+    more.mkdir()
+    image_file(photos / "B.PNG", 50, 30)
+    image_file(photos / "a.jpg", 40, 60)
+    filled(photos / "broken.png", b"no picture")
+    filled(photos / "notes.txt", b"no image either")
+    image_file(more / "a.png", 20, 20)
+    texts = ("the red circle", "the square")
+    images = (str(photos), str(more / "*.png"), str(photos / "a.jpg"))
+    outcome = predict_files(Request(directory, tmp_path / "out", images, texts=texts))
+    assert outcome.failures == (
+        f"{photos / 'broken.png'}: expected an image file, found something else",
+    )
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*"))
+    names = ["0_the_red_circle.png", "1_the_square.png", "overlay.png"]
+    assert found == [f"{folder}/{name}" for folder in ("a", "a_2", "b") for name in names]
+    assert [line.rsplit(", ", 2)[-2:] for line in outcome.lines[:2]] == [
+        ["b/0_the_red_circle.png", "no target"],
+        ["b/1_the_square.png", "no target"],
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = coco.COCO(str(tmp_path / "out" / "predictions.json"))
+    files = [photos / "B.PNG", photos / "a.jpg", more / "a.png"]
+    assert [image["file_name"] for image in data.imgs.values()] == list(map(str, files))
+    annotations = list(data.anns.values())
+    assert [a["phrase"] for a in annotations] == list(texts) * 3
+    for annotation in annotations:
+        image = image_input.read_image(files[annotation["image_id"] - 1])
+        expected = predictor.predict(image, texts=[annotation["phrase"]])
+        mask = data.annToMask(annotation)
+        assert mask.sum() == annotation["area"]
+        # A pixel may be of the other sign by rounding, where others are in the batch.
+        assert (mask != expected.masks[0]).mean() < 0.01
+        np.testing.assert_array_equal(png(tmp_path / "out" / annotation["file"]), mask * 255)
+        assert annotation["predicted_iou"] == pytest.approx(expected.iou[0], abs=1e-3)
+        assert annotation["no_target"] == (mask.sum() < 50)
+
+
+def jobs_file(folder: pathlib.Path, *lines: str) -> pathlib.Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    return folder / "jobs.jsonl"
+
+
+def test_jobs_of_points_and_boxes_and_those_that_fail(
+    directory: pathlib.Path, predictor: Predictor, tmp_path: pathlib.Path
+):
+    jobs = jobs_file(
+        tmp_path / "jobs",
+        '{"image": "a.png", "texts": ["it", "that"], "points": [[3, 4, 1], [9, 9, 0]]}',
+        "",
+        '{"image": "a.png", "box": [1, 2, 61, 4]}',
+        '{"image": "none.png", "text": "it"}',
+        '{"image": "a.png", "points": [[3, NaN, 1]]}',
+        '{"image": "a.png", "box": [0, 0, 1, 1' + "0" * 400 + "]}",
+        '{"image": "a.png", "text_ids": [[5, 2]], "box": [1, 2, 60, 4]}',
+    )
+    image = image_file(tmp_path / "jobs" / "a.png")
+    outcome = predict_files(Request(directory, tmp_path / "out", jobs=jobs))
+    missing = tmp_path / "jobs" / "none.png"
+    box = "boxes: expected x0 < x1 and y0 < y1 inside an image of 60 x 40, found (1, 2, 61, 4)"
+    assert outcome.failures == (
+        f"{jobs}:3: {box} in prompt 0",
+        f"{jobs}:4: {missing}: expected an image file, found nothing there",
+        f"{jobs}:5: points: expected finite numbers, found nan in prompt 0",
+        f"{jobs}:6: boxes: expected an array of numbers [any, 4]",
+    )
+    data = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["file_name"] for entry in data["images"]] == [str(image)]
+    phrases = [annotation["phrase"] for annotation in data["annotations"]]
+    assert phrases == ["it", "that", "5 2"]
+    pixels = image_input.read_image(image)
+    points = {"points": [[[3, 4], [9, 9]]] * 2, "point_labels": [[1, 0]] * 2}
+    first = predictor.predict(pixels, texts=["it", "that"], **points)
+    second = predictor.predict(pixels, text_ids=[[5, 2]], boxes=[[1, 2, 60, 4]])
+    found = [annotation["predicted_iou"] for annotation in data["annotations"]]
+    np.testing.assert_allclose(found, np.concatenate([first.iou, second.iou]), atol=1e-3)
+
+
+def test_several_masks_a_prompt(
+    directory: pathlib.Path, predictor: Predictor, tmp_path: pathlib.Path
+):
+    image = image_file(tmp_path / "image.png")
+    texts = ("it",)
+    request = Request(directory, tmp_path / "out", (str(image),), texts=texts, multimask=True)
+    outcome = predict_files(request)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["0_it_0.png", "0_it_1.png", "0_it_2.png", "overlay.png"]
+    expected = predictor.predict(image_input.read_image(image), texts=texts, multimask=True)
+    for i, line in enumerate(outcome.lines):
+        assert f"IoU {expected.iou[0, i]:.3f}, vermilion, {files[i]}" in line
+        np.testing.assert_array_equal(png(tmp_path / "out" / files[i]), expected.masks[0, i] * 255)
+    best = expected.masks[0, expected.iou[0].argmax()]
+    overlay = visualize.overlay(picture(40, 60), best, visualize.COLORS["vermilion"])
+    np.testing.assert_array_equal(png(tmp_path / "out" / "overlay.png"), overlay)
+
+
+def test_names_of_classes_get_the_token_of_their_models(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+):
+    model = edited(directory, tmp_path / "model")
+    tokenizer = next(model.rglob("sentencepiece.bpe.model")).parent
+    (tokenizer / "added_tokens.json").write_text('{"[semantic]": 65}')
+    image = image_file(tmp_path / "image.png")
+    texts = ("red circle", "[semantic] square")
+    request = Request(model, tmp_path / "out", (str(image),), texts=texts, semantic=True)
+    assert [line.split(":")[0] for line in predict_files(request).lines] == [
+        "'[semantic] red circle'",
+        "'[semantic] square'",
+    ]
+    assert (tmp_path / "out" / "0_semantic_red_circle.png").exists()
+
+
 def billion_pixels() -> bytes:
     """The beginning of a PNG whose header says 40,000 x 30,000."""
     file = io.BytesIO()
@@ -79,18 +205,18 @@ Case = Callable[[pathlib.Path, pathlib.Path], dict]
 
 # What each gives in place of good arguments, and words of the sentence that answers.
 BAD_INPUT: dict[str, tuple[Case, str]] = {
-    "no such image": (lambda d, t: {"image": t / "none.png"}, "none.png: expected an image file"),
-    "not an image": (lambda d, t: {"image": filled(t / "a.png", b"text")}, "expected an image"),
-    "empty image": (lambda d, t: {"image": filled(t / "a.png", b"")}, "found an empty one"),
+    "no such image": (lambda d, t: {"images": t / "none.png"}, "none.png: expected an image file"),
+    "not an image": (lambda d, t: {"images": filled(t / "a.png", b"text")}, "expected an image"),
+    "empty image": (lambda d, t: {"images": filled(t / "a.png", b"")}, "found an empty one"),
     "billion pixels": (
-        lambda d, t: {"image": filled(t / "a.png", billion_pixels())},
+        lambda d, t: {"images": filled(t / "a.png", billion_pixels())},
         "pixels, found",
     ),
-    "empty phrase": (lambda d, t: {"texts": [" "]}, "is empty"),
-    "no phrase": (lambda d, t: {"texts": []}, "--text or by --text_ids, found neither"),
-    "texts and ids": (lambda d, t: {"id_lines": ["5"]}, "--text or by --text_ids, found both"),
+    "empty phrase": (lambda d, t: {"texts": (" ",)}, "is empty"),
+    "no phrase": (lambda d, t: {"texts": ()}, "--text or by --text_ids, found neither"),
+    "texts and ids": (lambda d, t: {"id_lines": ("5",)}, "--text or by --text_ids, found both"),
     "ids that are words": (
-        lambda d, t: {"texts": [], "id_lines": ["0 five 2"]},
+        lambda d, t: {"texts": (), "id_lines": ("0 five 2",)},
         "--text_ids: expected numbers",
     ),
     "no tokenizer": (
@@ -103,12 +229,43 @@ BAD_INPUT: dict[str, tuple[Case, str]] = {
         lambda d, t: {"model": edited(d, t / "model", format_version=99)},
         "expected format_version 1, found 99",
     ),
+    "empty folder": (lambda d, t: {"images": made(t / "empty")}, "expected images in the folder"),
+    "pattern without files": (lambda d, t: {"images": t / "*.bmp"}, "*.bmp', found none"),
+    "only bad files": (
+        lambda d, t: {"images": filled(made(t / "bad") / "a.png", b"x").parent},
+        "a.png: expected an image file",
+    ),
+    "nothing to predict": (lambda d, t: {"images": ""}, "--image or by --jobs, found neither"),
+    "images and jobs": (lambda d, t: {"jobs": t / "a"}, "--image or by --jobs, found both"),
+    "jobs and phrases": (
+        lambda d, t: {"images": "", "jobs": t / "a"},
+        "found --text or --text_ids",
+    ),
+    "no such jobs": (lambda d, t: asked(t / "none.jsonl"), "--jobs: cannot read"),
+    "no jobs": (lambda d, t: asked(jobs_file(t, "", " ")), "expected a job a line in"),
+    "token ids of a class": (
+        lambda d, t: {"texts": (), "id_lines": ("5",), "semantic": True},
+        "--semantic: expected phrases as text",
+    ),
+    "class for a model without the token": (
+        lambda d, t: {"semantic": True},
+        "--semantic: expected a model whose tokenizer knows [semantic]",
+    ),
     "output exists": (lambda d, t: {"out": d}, "--out: expected a path where nothing is yet"),
     "output cannot be written": (
         lambda d, t: {"out": filled(t / "file", b"x") / "out"},
         "--out: cannot make",
     ),
 }
+
+
+def made(path: pathlib.Path) -> pathlib.Path:
+    path.mkdir()
+    return path
+
+
+def asked(jobs: pathlib.Path) -> dict:
+    return {"images": "", "texts": (), "jobs": jobs}
 
 
 def filled(path: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -123,16 +280,42 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     make, words = BAD_INPUT[case]
     arguments = {
         "model": directory,
-        "image": image_file(tmp_path / "image.png"),
-        "texts": ["the red circle"],
-        "id_lines": [],
+        "images": image_file(tmp_path / "image.png"),
+        "texts": ("the red circle",),
         "out": tmp_path / "results" / "out",
     } | make(directory, tmp_path)
+    arguments["images"] = tuple(map(str, [arguments["images"]] if arguments["images"] else []))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
-        predict_file(**arguments)
+        predict_files(Request(**arguments))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+BROKEN_LINES = {
+    "{": "expected a json object, found",
+    "[1]": "expected a json object, found '[1]'",
+    '{"image": "a.png"}': "expected texts, text_ids, points or a box, found none",
+    '{"text": "it"}': "'image': expected the path of a file, found None",
+    '{"image": "a.png", "phrase": "it"}': "expected the keys image, text, texts, text_ids, points",
+    '{"image": "a.png", "text": "it", "texts": []}': "expected one of text, texts and text_ids",
+    '{"image": "a.png", "text": 5}': "'texts': expected a list of strings",
+    '{"image": "a.png", "texts": ["it", " "]}': "expected phrases of words, found an empty one",
+    '{"image": "a.png", "text_ids": [5]}': "'text_ids': expected lists of token ids",
+    '{"image": "a.png", "points": [[1, 2]]}': "'points': expected a list of [x, y, 1 or 0]",
+    '{"image": ' + "[" * 100_000: "expected a json object, found",
+    '{"image": "a.png", "box": [1, 2, 3]}': "'box': expected [x0, y0, x1, y1]",
+    '{"image": "a.png", "box": [1, 2, 3, true]}': "'box': expected [x0, y0, x1, y1]",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES, ids=range(len(BROKEN_LINES)))
+def test_a_broken_line_is_named_before_anything_is_predicted(tmp_path: pathlib.Path, line: str):
+    jobs = jobs_file(tmp_path, '{"image": "a.png", "text": "it"}', line)
+    with pytest.raises(UserError) as error:
+        predict_files(Request(tmp_path / "no model", tmp_path / "out", jobs=jobs))
+    assert str(error.value).startswith(f"{jobs}:2: ") and BROKEN_LINES[line] in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_disk_that_fills_up_meanwhile(directory: pathlib.Path, tmp_path: pathlib.Path):
@@ -177,6 +360,22 @@ def test_the_command_predicts_a_turned_photograph_upright(
     for path in files:
         with Image.open(path) as file:
             assert file.size == (40, 60)
+
+
+def test_the_command_goes_on_past_a_bad_file_and_says_so(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+):
+    image_file(tmp_path / "a.png")
+    filled(tmp_path / "b.png", b"no picture")
+    paths = ["--model", directory, "--out", tmp_path / "out"]
+    result = command(*paths, "--image", tmp_path / "*.png", "--text", "it")
+    assert result.returncode == 1
+    sentence = "expected an image file, found something else"
+    assert result.stderr == f"failed: {tmp_path / 'b.png'}: {sentence}\n"
+    line, written = result.stdout.splitlines()
+    assert line.startswith("'it': ") and "a/0_it.png" in line
+    assert written == f"written to {tmp_path / 'out'}"
+    assert (tmp_path / "out" / "predictions.json").exists()
 
 
 @pytest.mark.parametrize(
