@@ -139,14 +139,14 @@ def _write(workdir: epath.Path, evaluated: Sequence[Evaluated]) -> None:
 
 def _with_progress(evaluated: Iterator[Evaluated], images: int, log: RunLog) -> Iterator[Evaluated]:
     """Passes steps on, and says from time to time how many images are left."""
-    done, begin, said = 0, 0.0, time.monotonic()
+    done, begin, said = 0, 0.0, 0.0
     before = 0  # images of the first step, which compiles
     for one in evaluated:
         yield one
         now = time.monotonic()
         done += sum(len(group.images) for group in one.groups)
         if not begin:
-            begin, before = now, done
+            begin, before, said = now, done, now
         elif now - said > _PROGRESS_SECONDS or done == images:
             rate = (done - before) / (now - begin)
             left = clock((images - done) / rate)

@@ -1,0 +1,169 @@
+"""What the evaluation job costs beside its compiled calls, and what more phrases of an image cost.
+
+    python -m benchmarks.evaluate
+
+A model of random parameters that takes some tenths of a second a step goes through images of COCO's
+size on disk, by turns: its compiled calls alone, given one step's arrays again and again; and the
+loop of the job (reading, resizing, tokens, targets, rows with masks, shards). Then the calls alone
+for one phrase of an image and for several, which are decoded but not encoded anew.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks import environment
+from data_pipelines.index import AnnotatedImage, Target, write_index
+from data_pipelines.segmentations import encode_mask
+from data_pipelines.shapes import SHAPES_TOKENIZER
+from data_pipelines.source import IndexedSource, LooseFiles, ReadingRules
+from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax.evaluation.count import EvaluatedModel
+from evf_sam_jax.evaluation.grouping import make_plan, steps
+from evf_sam_jax.evaluation.loop import evaluate_steps
+from evf_sam_jax.evaluation.reading import Reader, Round
+from evf_sam_jax.evaluation.rows import write_shard
+from evf_sam_jax.evaluation.splits import EvaluationSet
+from evf_sam_jax.models.beit3 import Beit3Config
+from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params
+from evf_sam_jax.models.sam.config import SamConfig
+
+HEIGHT, WIDTH = 480, 640
+WORDS = ("red", "green", "blue", "circle", "square", "left", "right", "large", "small")
+
+
+def model_config() -> EvfSamConfig:
+    """Small enough for two cores: SAM ViT-B at a quarter of its frame, and the tiny encoder."""
+    segmenter = dataclasses.replace(SamConfig.vit_b(), image_size=256, dtype="float32")
+    return EvfSamConfig(Beit3Config.tiny(), segmenter)
+
+
+def write_images(root: Path, images: int, phrases: int) -> EvaluationSet:
+    """Photographs-sized noise as JPEG, each with so many phrases and targets."""
+    rng = np.random.default_rng(0)
+    annotated = []
+    for i in range(images):
+        small = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
+        Image.fromarray(small).resize((WIDTH, HEIGHT)).save(root / f"{i}.jpg")
+        targets = []
+        for k in range(phrases):
+            mask = np.zeros((HEIGHT, WIDTH), bool)
+            top, left = rng.integers(0, HEIGHT - 60), rng.integers(0, WIDTH - 60)
+            mask[top : top + 200, left : left + 150] = True
+            phrase = " ".join(rng.choice(WORDS, 3))
+            targets.append(Target(f"{i}/{k}", (phrase,), (encode_mask(mask),)))
+        annotated.append(AnnotatedImage(f"made/{i}", f"{i}.jpg", HEIGHT, WIDTH, tuple(targets)))
+    index = write_index(root / "index", annotated, {"name": "made", "split": "val"})
+    source = IndexedSource(index, LooseFiles(root), ReadingRules(overlap="sum"))
+    return EvaluationSet("made/val", source)
+
+
+def make_reader(model: EvaluatedModel, one: EvaluationSet, batch_size: int) -> Reader:
+    plan = make_plan([one], model.tokenizer, batch_size, phrases=8)
+    return Reader(
+        sets=(one,),
+        steps=tuple(steps(plan.groups, model.devices)),
+        tokenizer=model.tokenizer,
+        devices=model.devices,
+        batch_size=batch_size,
+        frame=model.config.segmenter.image_size,
+        encoder_size=model.config.encoder.image_size,
+    )
+
+
+def calls(model: EvaluatedModel, rounds: list[Round]) -> None:
+    """All compiled calls of a step, waited for."""
+    images = rounds[0].images
+    assert images is not None
+    encoder_image, sizes = model.put(images.encoder_image, images.sizes)
+    features = model.encode(images.sam_image, images.sizes[:, :2])
+    found = []
+    for one in rounds:
+        logits, iou = model.decode(features, encoder_image, one.text_ids, one.text_valid)
+        tiles = [one.tile(number, images.ignore) for number in range(one.tiles)]
+        found.append((iou, [model.count(logits, sizes, *tile) for tile in tiles]))
+    jax.block_until_ready(found)
+
+
+def rounds_of_first_step(reader: Reader) -> list[Round]:
+    return [reader.read(place) for place in reader.rounds() if place[0] == 0]
+
+
+def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+    begin = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - begin
+
+
+def calls_of_steps(model: EvaluatedModel, rounds: list[Round], number: int) -> None:
+    for _ in range(number):
+        calls(model, rounds)
+
+
+def loop(model: EvaluatedModel, reader: Reader, workdir: Path) -> None:
+    """The loop of the job, a shard a step."""
+    for one in evaluate_steps(model, reader, threads=2):
+        numbers = [group.number for group in one.groups]
+        write_shard(workdir, 0, one.rows, numbers, one.left_out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--phrases", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    config = model_config()
+    tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.encoder.max_text_tokens)
+    params = init_params(config, jax.random.key(0))
+    model = EvaluatedModel(config, params, tokenizer, "random", masks=True)
+    alone, looped = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "data").mkdir()
+        one = write_images(root / "data", options.images, options.phrases)
+        reader = make_reader(model, one, options.batch_size)
+        first = rounds_of_first_step(reader)
+        calls(model, first)  # compiles
+        for repeat in range(options.repeats):
+            number = len(reader.steps)
+            alone.append(seconds_of(calls_of_steps, model, first, number) / number)
+            looped.append(seconds_of(loop, model, reader, root / f"run{repeat}") / number)
+        by_phrases = {}
+        for phrases in (1, 8, 16, 32):
+            (root / f"data{phrases}").mkdir()
+            some = write_images(root / f"data{phrases}", options.batch_size, phrases)
+            rounds = rounds_of_first_step(make_reader(model, some, options.batch_size))
+            calls(model, rounds)
+            found = [seconds_of(calls, model, rounds) for _ in range(5)]
+            by_phrases[phrases] = statistics.median(found)
+    print(environment.describe())
+    print(
+        f"{options.images} images of {WIDTH} x {HEIGHT} with {options.phrases} phrases, "
+        f"{options.batch_size} images a step, {options.repeats} times by turns\n"
+    )
+    print("| | median s a step | min | max |\n|---|---|---|---|")
+    for name, found in (("compiled calls alone", alone), ("the job's loop", looped)):
+        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
+    shares = [a / b for a, b in zip(alone, looped, strict=True)]
+    print(
+        f"\ncompiled calls / wall time of the loop: median {statistics.median(shares):.1%} "
+        f"({min(shares):.1%} to {max(shares):.1%})\n"
+    )
+    print(f"| phrases of an image | s of {options.batch_size} images | beside one phrase |")
+    print("|---|---|---|")
+    for phrases, seconds in by_phrases.items():
+        print(f"| {phrases} | {seconds:.3f} | {seconds / by_phrases[1]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
