@@ -19,7 +19,7 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,15 @@ from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.prompts import Frame, Prompt, make_prompts, stack_geometry
 
 # A model is compiled once for each number of images, of prompts and of tokens it meets; these bound
-# how often. More prompts than the largest bucket are decoded in several goes, so memory stays
-# bounded. Prompts are filled up to a bucket; images, which are dear, are not: 7 are 4 + 2 + 1.
+# how often. More than the largest bucket are computed in several goes, so memory stays bounded.
+# What fills up a bucket is computed for nothing, so it is little of prompts (5 are 4 + 1, and 7 an
+# 8), and nothing of images, which are dear (7 are 4 + 2 + 1).
 IMAGE_BUCKETS = (1, 2, 4, 8)
 PHRASE_BUCKETS = (1, 2, 4, 8, 16)
+MOST_FILLING = 0.2  # of a bucket of prompts
 TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
+
+Item = TypeVar("Item")
 
 TILE = 512  # side of the tiles that the output is computed in, in pixels
 
@@ -329,9 +333,7 @@ class Predictor:
         """Encodes several images, as many at a time as a bucket holds."""
         ready = [x if isinstance(x, InputImage) else self.prepare_image(x) for x in images]
         encoded = []
-        while ready:
-            count = max(bucket for bucket in IMAGE_BUCKETS if bucket <= len(ready))
-            chunk, ready = ready[:count], ready[count:]
+        for chunk in _in_buckets(ready, IMAGE_BUCKETS, most_filling=0.0):
             sizes = np.asarray([image.frame.content for image in chunk], np.int32)
             features = _encode_images(
                 self.config,
@@ -367,8 +369,7 @@ class Predictor:
                 groups.setdefault((job.multimask, prompt.kinds), []).append((number, i))
         masks: list[list[Any]] = [[None] * len(job.prompts) for job in prepared]
         for (multimask, _), rows in groups.items():
-            for start in range(0, len(rows), PHRASE_BUCKETS[-1]):
-                chunk = rows[start : start + PHRASE_BUCKETS[-1]]
+            for chunk in _in_buckets(rows, PHRASE_BUCKETS, MOST_FILLING):
                 images = [encoded[id(prepared[number].image)] for number, _ in chunk]
                 found = self._decode_rows(
                     images, [prepared[number].prompts[i] for number, i in chunk], multimask
@@ -615,6 +616,19 @@ def _by_images(jobs: Iterable[Job | PreparedJob], limit: int) -> Iterator[list[J
 
 def _buckets_up_to(number: int, buckets: tuple[int, ...]) -> list[int]:
     return [b for b in buckets if b <= _bucket(number, buckets)]
+
+
+def _in_buckets(
+    items: Sequence[Item], buckets: tuple[int, ...], most_filling: float
+) -> Iterator[Sequence[Item]]:
+    """Cuts a sequence into parts that fill a bucket each, but for up to `most_filling` of it."""
+    start = 0
+    while left := len(items) - start:
+        larger = _bucket(left, buckets)
+        fits = left >= (1 - most_filling) * larger and larger in buckets
+        count = left if fits else max(bucket for bucket in buckets if bucket <= left)
+        yield items[start : start + count]
+        start += count
 
 
 def _bucket(number: int, buckets: tuple[int, ...]) -> int:
