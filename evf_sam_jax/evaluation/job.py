@@ -56,17 +56,7 @@ def evaluate(config: EvaluationJob, workdir: epath.PathLike) -> dict[str, Any]:
     sets = open_sets(
         names, config.data, config.images, config.ignore_unlabelled, config.semantic_prefix
     )
-    loaded = load_model(config.model, config.checkpoint, config.dtype)
-    local = jax.local_devices()
-    model = EvaluatedModel(
-        loaded.config,
-        loaded.params,
-        loaded.tokenizer,
-        loaded.fingerprint,
-        config.masks,
-        local[: config.devices or len(local)],
-    )
-    return evaluate_sets(config, sets, model, workdir)
+    return evaluate_sets(config, sets, _open_model(config), workdir)
 
 
 def evaluate_sets(
@@ -93,6 +83,19 @@ def evaluate_sets(
     if results is None:  # another process has made them
         results = json.loads((workdir / RESULTS).read_text())
     return results
+
+
+def _open_model(config: EvaluationJob) -> EvaluatedModel:
+    loaded = load_model(config.model, config.checkpoint, config.dtype)
+    local = jax.local_devices()
+    return EvaluatedModel(
+        loaded.config,
+        loaded.params,
+        loaded.tokenizer,
+        loaded.fingerprint,
+        config.masks,
+        local[: config.devices or len(local)],
+    )
 
 
 def _run(

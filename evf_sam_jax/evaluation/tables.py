@@ -39,6 +39,8 @@ PAPER: dict[str, tuple[str, tuple[float, ...]]] = {
     ),
 }
 NOT_AVAILABLE = "not available"
+# Of which an interval is shown: to draw from fewer says nothing.
+FEWEST_IMAGES = 10
 
 
 def variant(config: EvfSamConfig, tokenizer: Tokenizer) -> str | None:
@@ -120,7 +122,11 @@ def _sets_table(sets: Mapping[str, Any]) -> str:
     for name, one in sets.items():
         original, union = one["as_original"], one["as_union"]
         cells = [name, f"{one['images']:,}", f"{one['phrases']:,}"]
-        cells += [_estimate(score[key]) for score in (original, union) for key in ("ciou", "giou")]
+        cells += [
+            _estimate(score[key], one["images"])
+            for score in (original, union)
+            for key in ("ciou", "giou")
+        ]
         cells += [_percent(original["precision"][str(least)]) for least in THRESHOLDS]
         lines.append(_line([*cells, _percent(original["mean_image_iou"])]))
     return "\n".join(lines)
@@ -155,9 +161,11 @@ def _category_table(name: str, one: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _estimate(values: Mapping[str, float]) -> str:
-    low, high = _percent(values["low"]), _percent(values["high"])
-    return f"{_percent(values['value'])} ({low} to {high})"
+def _estimate(values: Mapping[str, float], images: int) -> str:
+    value = _percent(values["value"])
+    if images < FEWEST_IMAGES:
+        return value
+    return f"{value} ({_percent(values['low'])} to {_percent(values['high'])})"
 
 
 def _percent(share: float) -> str:

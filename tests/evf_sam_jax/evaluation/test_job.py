@@ -174,12 +174,12 @@ def made_images(count: int) -> list[MadeImage]:
     rng = np.random.default_rng(3)
     images = []
     for i in range(count):
-        height, width = 8 + 50 * (i % 4), 20 + 30 * (i % 3)
+        height, width = 8 + 30 * (i % 4), 20 + 30 * (i % 3)
         mask = np.zeros((height, width), bool)
         mask[: height // 2] = True
         targets = tuple(
-            MadeTarget(random_phrase(rng, 1 + i % 5), (mask,) if k % 3 else (), ("top", "")[k % 2])
-            for k in range(1 + 3 * i % 20)
+            MadeTarget(random_phrase(rng, 1 + i % 3), (mask,) if k % 3 else (), ("top", "")[k % 2])
+            for k in range(4 + 3 * i % 17)
         )
         pixels = None if i == 2 else np.full((height, width, 3), 10 * i, np.uint8)
         images.append(MadeImage(height, width, targets, pixels))

@@ -44,9 +44,14 @@ def test_a_model_is_told_by_its_sizes():
     assert variant(EvfSamConfig.tiny(), TOKENIZER) is None
 
 
+def test_an_interval_needs_some_images():
+    enough = to_json(score_set(columns(intersection=[1] * 10, union=[2] * 10), samples=5))
+    assert "| 10 | 10 | 50.0 (50.0 to 50.0) |" in markdown(results({"own_jsonl/val": enough}))
+
+
 def test_the_page_has_what_the_sets_have():
     plain = markdown(results({"own_jsonl/val": scores(50)}))
-    assert "| own_jsonl/val | 1 | 1 | 50.0 (50.0 to 50.0) |" in plain
+    assert "| own_jsonl/val | 1 | 1 | 50.0 | 50.0 |" in plain
     assert "N-acc" not in plain and "category" not in plain and "left out" not in plain
     full = markdown(
         results(
