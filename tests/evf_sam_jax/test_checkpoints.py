@@ -18,9 +18,16 @@ import pytest
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from evf_sam_jax.checkpoints import Checkpoints, checksum, is_begun
+from evf_sam_jax.checkpoints import (
+    Checkpoints,
+    checksum,
+    is_begun,
+    list_checkpoints,
+    read_averaged_params,
+)
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import CheckpointConfig
+from evf_sam_jax.param_rules import merge
 from evf_sam_jax.train_state import TrainState, create_state
 from tests.test_architecture import ROOT
 
@@ -385,6 +392,35 @@ def test_damaged_frozen_parameters_are_one_sentence(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("ema", [True, False])
+def test_parameters_alone_come_back_as_training_evaluates_them(ema: bool, tmp_path: Path):
+    state = make_state(1, devices=8, ema=ema)
+    save(tmp_path, [state])
+    found = read_averaged_params(epath.Path(tmp_path), "stage", 1)
+    expected = merge(state.ema if ema else state.trainable, state.frozen)
+    assert_same(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
+
+
+def test_checkpoints_are_listed_with_their_scores(tmp_path: Path):
+    workdir = epath.Path(tmp_path)
+    with Checkpoints(workdir, "stage", CheckpointConfig(keep=3)) as checkpoints:
+        for step, ciou in ((1, None), (3, 0.25), (20, 0.125)):
+            checkpoints.save(step, make_state(step), ciou)
+    assert list_checkpoints(workdir, "stage") == {1: None, 3: 0.25, 20: 0.125}
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_damaged_parameters_are_named(damage: Callable[[Path], None], saved: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    damage_all(folder(workdir, 2), damage)
+    with pytest.raises(UserError) as raised:
+        read_averaged_params(epath.Path(workdir), "stage", 2)
+    assert str(raised.value).startswith(
+        f"{folder(workdir, 2) / 'ema'}: expected parameters that are whole, found them damaged: "
+    )
+
+
 def test_a_step_that_was_passed_over_is_written_again(saved: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     shutil.copytree(saved, workdir)
@@ -430,6 +466,7 @@ import jax.numpy as jnp
 from evf_sam_jax.checkpoints import Checkpoints
 from evf_sam_jax.errors import run_command
 from evf_sam_jax.experiment import CheckpointConfig
+from evf_sam_jax.param_rules import merge
 from evf_sam_jax.train_state import TrainState
 
 def main(workdir, case):
