@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -211,9 +212,12 @@ def test_wherever_a_job_stops_it_goes_on_to_the_same_results(tmp_path: Path):
     assert evaluate_sets(config, sets, model, workdir) == expected
 
 
-def test_masks_are_written_in_the_format_of_coco_on_request(tmp_path: Path):
+def test_masks_are_written_in_the_format_of_coco_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     sets = [made_set(tmp_path, made_images(2))]
     evaluate_sets(job(coco_json=True), sets, RandomModel(devices=1), tmp_path / "evaluation")
+    assert re.search("\n2/2 images, [0-9.]+ images/s, 0:00 left\n", capsys.readouterr().out)
     entries = json.loads((tmp_path / "evaluation" / "predictions.json").read_text())
     rows = read_rows(tmp_path / "evaluation").to_pylist()
     assert len(entries) == len(rows) > 2
