@@ -117,5 +117,8 @@ def test_evaluation_names_what_it_measures():
     values = evaluate.get_config("model=runs/a/model,split=shapes/test,images=10").to_dict()
     config = job_from_dict(values)
     assert (config.model, config.split, config.images) == ("runs/a/model", "shapes/test", 10)
+    several = "model=m,data=d,split=refcoco/val+refcoco+/testA,dtype=bfloat16,masks=false"
+    config = job_from_dict(evaluate.get_config(several).to_dict())
+    assert (config.split, config.masks) == ("refcoco/val+refcoco+/testA", False)
     with pytest.raises(UserError, match="config.model: expected a model directory, found nothing"):
         job_from_dict(evaluate.get_config().to_dict())

@@ -127,6 +127,24 @@ def test_any_number_of_devices_counts_the_same_pixels(
     assert rows == read_rows(whole).to_pylist()[: len(rows)] and len(rows) == 3 * 24
 
 
+@pytest.mark.slow  # compiles the model for another size of batch
+def test_another_size_of_batch_moves_hardly_a_pixel(model: str, whole: Path, tmp_path: Path):
+    evaluate(job(model, batch_size=3, devices=2), tmp_path / "evaluation")
+    different = pixels = 0
+    pairs = zip(
+        *(read_rows(one).to_pylist() for one in (tmp_path / "evaluation", whole)), strict=True
+    )
+    for found, expected in pairs:
+        size = [found["height"], found["width"]]
+        masks = [
+            pycocotools.mask.decode({"size": size, "counts": row["prediction_rle"].encode()})
+            for row in (found, expected)
+        ]
+        different += int((masks[0] != masks[1]).sum())
+        pixels += masks[0].size
+    assert different <= 1e-5 * pixels
+
+
 def test_a_job_that_was_killed_goes_on_to_the_same_results(
     model: str, whole: Path, compiled: Path, tmp_path: Path
 ):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.splits import PAPER_SETS, open_sets, split_names
@@ -53,6 +54,31 @@ def test_one_s_own_photograph_is_a_set(tmp_path: Path):
     assert one.name == "own_jsonl/val" and one.image_id(0).startswith("own/")
     np.testing.assert_array_equal(one.masks(0, [1]), example.masks[1:2])
     assert one.source.rules.overlap == "sum" and one.source.rules.text == "lower"
+
+
+@pytest.fixture
+def ade20k(tmp_path: Path) -> Path:
+    """One image of ADE20K: its upper half a wall, below it nothing that has a label."""
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        folder = tmp_path / "ade20k" / kind / "validation"
+        folder.mkdir(parents=True)
+        pixels = np.zeros((8, 6), np.uint8)
+        pixels[:4] = 1
+        Image.fromarray(pixels).save(folder / f"a.{suffix}")
+    return tmp_path
+
+
+def test_a_segmented_set_is_scored_by_category(ade20k: Path):
+    (one,) = open_sets(("ade20k/val",), str(ade20k))
+    assert one.by_category and one.entry(0).phrases == ("[semantic] wall",)
+    assert one.category(0, 0) == "wall"
+    assert one.read(0, [0]).ignore is None  # as in the original, where it is background
+    (other,) = open_sets(
+        ("ade20k/val",), str(ade20k), ignore_unlabelled=True, semantic_prefix=False
+    )
+    assert other.entry(0).phrases == ("wall",)
+    ignore = other.read(0, [0]).ignore
+    assert ignore is not None and not ignore[:4].any() and ignore[4:].all()
 
 
 def test_fewer_images_are_the_first(tmp_path: Path):
