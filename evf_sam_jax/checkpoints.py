@@ -91,6 +91,7 @@ class Checkpoints:
             "step": step,
             "checksums": {name: checksum(tree) for name, tree in items.items()},
             "frozen": checksum(state.frozen),
+            "devices": state.step.sharding.num_devices,
             _METRIC: ciou,
         }
         self._note(step, ciou)
@@ -122,7 +123,8 @@ class Checkpoints:
 
         Args:
           like: shapes with shardings.
-          say: is told of checkpoints that are not whole; the next `save` removes them.
+          say: is told of checkpoints that are not whole, which the next `save` removes, and of another
+        number of devices.
 
         Raises:
           UserError: there are checkpoints, and none is whole; or the frozen parameters are not.
@@ -133,7 +135,7 @@ class Checkpoints:
         frozen = self._restore_frozen(like)
         for step in steps:
             try:
-                state = self._restore(step, like, frozen)
+                state, devices = self._restore(step, like, frozen)
             except UserError:
                 raise
             except Exception as error:  # each layer below raises its own for what is damaged
@@ -143,6 +145,8 @@ class Checkpoints:
             # One process may have read what another could not.
             if not _any_process(problem is not None):
                 self._damaged = steps[: steps.index(step)]
+                if devices != (now := like.step.sharding.num_devices):
+                    say(f"going on with another mesh: devices: {devices} before, {now} now")
                 return state
             where = self._directory / str(step)
             say(f"{where} is damaged and passed over: {problem or 'on another process'}")
@@ -151,7 +155,8 @@ class Checkpoints:
             "without this directory the stage begins anew"
         )
 
-    def _restore(self, step: int, like: TrainState, frozen: Any) -> TrainState:
+    def _restore(self, step: int, like: TrainState, frozen: Any) -> tuple[TrainState, int]:
+        """A state, and on how many devices it was saved."""
         items = {name: getattr(like, name) for name in _ITEMS if getattr(like, name) is not None}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         found = self._manager.restore(
@@ -163,7 +168,7 @@ class Checkpoints:
                 raise ValueError(f"{name}: {_OTHER_CHECKSUM}")
         if checksum(frozen) != meta["frozen"]:
             raise self._frozen_damaged(_OTHER_CHECKSUM)
-        return TrainState(
+        state = TrainState(
             step=jax.device_put(np.int32(step), like.step.sharding),
             finite=jax.device_put(np.bool_(True), like.finite.sharding),
             trainable=found["trainable"],
@@ -171,6 +176,7 @@ class Checkpoints:
             opt_state=found["opt_state"],
             ema=found["ema"] if "ema" in items else None,
         )
+        return state, meta["devices"]
 
     def _restore_frozen(self, like: TrainState) -> Any:
         if not jax.tree.leaves(like.frozen):

@@ -124,7 +124,8 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(
     save(tmp_path, [state])
     like = make_state(0, after, ema)
     found, said = restore(tmp_path, like)
-    assert found is not None and said == []
+    another = f"going on with another mesh: devices: {before} before, {after} now"
+    assert found is not None and said == ([another] if before != after else [])
     assert_same(found, state)
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
