@@ -1,18 +1,15 @@
 """The page as a browser shows it: nothing asked for, nothing cut off, every picture there."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from evf_sam_jax.report.build import build_report
+from tests.chromium import chromium
 from tests.evf_sam_jax.report.made_up_run import write_run
 
 pytestmark = pytest.mark.slow
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 BROKEN = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).length"
 # What reaches beyond the window and cannot be scrolled to within its own box.
 CUT_OFF = """[...document.querySelectorAll('body *')].filter(e =>
@@ -31,13 +28,8 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH, and none named by the variable CHROMIUM")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
