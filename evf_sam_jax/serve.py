@@ -74,7 +74,9 @@ def main(argv: list[str]) -> None:
     with listening(options.host, options.port) as listener:
         predictor = Predictor.load(options.model, dtype=options.dtype)
         if options.warm_up:
-            predictor.warm_up(batching.images, limits.prompts, TOKEN_BUCKETS[0], points=True)
+            predictor.warm_up(
+                batching.images, limits.prompts, TOKEN_BUCKETS[0], points=options.page
+            )
         serve(
             predictor,
             listener,
