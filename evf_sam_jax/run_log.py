@@ -187,7 +187,7 @@ class RunLog:
             self._copied = time.monotonic()
 
     def forget_after(self, stages: Sequence[str], step: int) -> None:
-        """Drops from `metrics.jsonl` what a run will do again.
+        """Drops from `metrics.jsonl` and `skipped.jsonl` what a run will do again.
 
         Args:
           stages: the one that goes on, then those after it.
@@ -195,22 +195,37 @@ class RunLog:
         """
         if self._file is None:
             return
-        kept = []
-        for line in (self._local / _METRICS).read_text(encoding="utf-8").splitlines():
+
+        def again(stage: str | None, record: Mapping[str, Any]) -> bool:
+            return stage in stages[1:] or (stage == stages[0] and record["step"] > step)
+
+        def stage_of_numbers(record: Mapping[str, Any]) -> str | None:
+            return next((key.split("/")[0] for key in record if "/" in key), None)
+
+        self._file.flush()
+        self._rewrite(_METRICS, lambda record: not again(stage_of_numbers(record), record))
+        self._file.close()
+        self._file = open(self._local / _METRICS, "a", encoding="utf-8")
+        self._rewrite(_SKIPPED, lambda record: not again(record["stage"], record))
+
+    def _rewrite(self, name: str, kept: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drops the lines of a file that are not kept, whole or not at all: a kill loses none."""
+        lines = [json.dumps(record) + "\n" for record in self._records(name) if kept(record)]
+        if lines or (self._local / name).exists():
+            partial = self._local / (name + _PARTIAL)
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(self._local / name)
+
+    def _records(self, name: str) -> Iterator[dict[str, Any]]:
+        try:
+            text = (self._local / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
             try:
-                record = json.loads(line)
+                yield json.loads(line)
             except ValueError:  # the line that a kill cut off
                 continue
-            stage = next((key.split("/")[0] for key in record if "/" in key), None)
-            again = stage in stages[1:] or (stage == stages[0] and record["step"] > step)
-            if not again:
-                kept.append(line + "\n")
-        # Whole or not at all: a kill now must not lose what is kept.
-        partial = self._local / (_METRICS + _PARTIAL)
-        partial.write_text("".join(kept), encoding="utf-8")
-        self._file.close()
-        partial.replace(self._local / _METRICS)
-        self._file = open(self._local / _METRICS, "a", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers under names such as "referring/val_ciou"."""
@@ -231,6 +246,13 @@ class RunLog:
         with open(self._local / _SKIPPED, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(record)) + "\n")
 
+    def skipped_before(self, stage: str) -> int:
+        """How many examples of a stage have been replaced, as far as this process has written."""
+        if self._file is None:
+            return 0
+        records = self._records(_SKIPPED)
+        return sum(one["stage"] == stage and not one.get("held_out") for one in records)
+
     def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes a picture as an event."""
         if self._events is not None:
@@ -247,7 +269,8 @@ class SkippedLog:
 
     def __init__(self, log: RunLog, stage: str, describe: Callable[[int], str], max_skipped: int):
         self._log, self._stage, self._describe = log, stage, describe
-        self._max, self._count = max_skipped, 0
+        # A run that goes on has skipped some already.
+        self._max, self._count = max_skipped, log.skipped_before(stage)
         self._held_out: set[str] = set()
 
     def add(self, step: int, skipped_id: Int32[np.ndarray, " b"]) -> None:
@@ -270,8 +293,8 @@ class SkippedLog:
         """Names an example that a score on held-out images leaves out, once a stage."""
         if name not in self._held_out:
             self._held_out.add(name)
-            example = f"{name}, held out"
-            self._log.skipped({"stage": self._stage, "step": step, "example": example})
+            record = {"stage": self._stage, "step": step, "example": name, "held_out": True}
+            self._log.skipped(record)
 
 
 def clock(seconds: float) -> str:

@@ -128,7 +128,6 @@ def run_stage(
     """
     config, experiment = stage.config, stage.experiment
     mesh, name, size = stage.mesh, stage.config.name, stage.config.batch_size
-    skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
     with (
         jax.set_mesh(mesh),
         Checkpoints(workdir, name, experiment.checkpoints) as checkpoints,
@@ -142,6 +141,7 @@ def run_stage(
         start = int(state.step)
         names = [other.name for other in experiment.stages]
         log.forget_after(names[names.index(name) :], start)
+        skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
         check_placement(state, stage.placement)
         _describe(stage, state, start, log)
         count_step = make_count_step(stage.model, stage.prompts, mesh)

@@ -82,7 +82,7 @@ def test_held_out_phrases_without_room_are_named(directories, tmp_path: Path):
     config.data.text_lengths = (16, 25)
     sums = train(experiment_from_dict(config.to_dict()), tmp_path / "run")
     (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
-    assert "own_jsonl/val" in line and "held out" in line
+    assert "own_jsonl/val" in line and '"held_out": true' in line
     assert sums.masks < PHRASES
 
 

@@ -2,13 +2,16 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
 from evf_sam_jax import run_log, train
-from evf_sam_jax.run_log import RunLog
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.run_log import RunLog, SkippedLog
 
 
 def steps(directory: Path) -> list[int]:
@@ -36,6 +39,33 @@ def test_a_run_that_goes_on_forgets_what_it_will_do_again(tmp_path: Path):
         log.forget_after(["referring", "after"], 3)
         log.scalars(4, {"referring/loss": 0.5})
     assert steps(tmp_path) == [9, 1, 2, 3, 4]
+
+
+def test_examples_are_skipped_once_though_a_run_goes_on(tmp_path: Path):
+    skipped = np.array([-1, 7], np.int32)
+
+    def skip(log: RunLog, steps: Iterable[int]) -> SkippedLog:
+        found = SkippedLog(log, "referring", lambda index: f"image {index}", max_skipped=3)
+        for step in steps:
+            found.add(step, skipped)
+        found.add_held_out(4, "image 9")
+        return found
+
+    with RunLog(tmp_path, progress=io.StringIO()) as log:
+        skip(log, [1, 2, 4])
+    with RunLog(tmp_path, progress=io.StringIO()) as log:
+        log.forget_after(["referring"], 2)
+        going_on = skip(log, [3])
+        with pytest.raises(UserError, match="at most data.max_skipped = 3 examples .* image 7"):
+            going_on.add(4, skipped)
+    lines = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert [(line["step"], line["example"]) for line in lines] == [
+        (1, "image 7"),
+        (2, "image 7"),
+        (3, "image 7"),
+        (4, "image 9"),
+        (4, "image 7"),
+    ]
 
 
 def test_of_several_processes_one_writes(tmp_path: Path):
