@@ -15,6 +15,7 @@ const evfSam = (() => {
   let points = []; // {x, y, label} in pixels of the picture
   let box = null; // [x0, y0, x1, y1] likewise
   let corner = null; // where a box being drawn began
+  let pressed = null; // where a button or finger went down for a point, on the screen
   let layers = []; // one canvas a mask, in the order of the legend
   let alone = null; // the only mask to show
   let question = 0; // what is answered late is dropped
@@ -41,19 +42,22 @@ const evfSam = (() => {
     canvas.addEventListener("pointerdown", down);
     canvas.addEventListener("pointermove", move);
     canvas.addEventListener("pointerup", up);
-    canvas.addEventListener("pointercancel", () => { corner = null; });
+    // A finger that scrolls the page instead.
+    canvas.addEventListener("pointercancel", () => { corner = null, pressed = null; });
   }
 
   async function load(chosen) {
     if (!chosen) return;
-    question += 1;
+    const number = ++question;
+    let bitmap;
     try {
-      picture = await createImageBitmap(chosen);
+      bitmap = await createImageBitmap(chosen);
     } catch {
       say("evf-status", "The browser cannot show this file: expected PNG, JPEG, WebP, GIF or BMP.", true);
       return;
     }
-    file = chosen;
+    if (number !== question) return;
+    picture = bitmap, file = chosen;
     points = [], box = null, layers = [], alone = null;
     const canvas = element("evf-canvas");
     const scale = Math.min(1, LONGEST_SIDE / Math.max(picture.width, picture.height));
@@ -88,20 +92,25 @@ const evfSam = (() => {
     ];
   }
 
-  function down(event) {
-    if (!picture || event.button !== 0) return;
-    event.preventDefault();
-    if (mode === "Box") {
-      element("evf-canvas").setPointerCapture(event.pointerId);
-      corner = place(event, true);
-      return;
-    }
+  // Of a `click` event the place is rounded, of pointer events it is not.
+  function click(event) {
     const [x, y] = place(event, false);
     const near = NEAR * picture.width / element("evf-canvas").getBoundingClientRect().width;
     const before = points.length;
     points = points.filter((p) => Math.hypot(p.x - x, p.y - y) > near);
     if (points.length === before) points.push({ x, y, label: mode === "Point inside" ? 1 : 0 });
     draw();
+  }
+
+  function down(event) {
+    if (!picture || event.button !== 0) return;
+    if (mode !== "Box") {
+      pressed = [event.clientX, event.clientY];
+      return;
+    }
+    event.preventDefault();
+    element("evf-canvas").setPointerCapture(event.pointerId);
+    corner = place(event, true);
   }
 
   function move(event) {
@@ -112,6 +121,12 @@ const evfSam = (() => {
   }
 
   function up(event) {
+    if (pressed) {
+      const moved = Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]);
+      pressed = null;
+      if (moved < NEAR) click(event);
+      return;
+    }
     if (!corner) return;
     move(event);
     corner = null;

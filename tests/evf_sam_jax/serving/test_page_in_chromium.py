@@ -133,6 +133,7 @@ def test_phrases_clicks_and_a_box_to_files(browser, server: Server, model: Path)
         np.testing.assert_array_equal(by_png, by_rle * np.uint8(255))
         assert (by_rle != mask).sum() <= 2
     assert f"{content['prompts'][1]['masks'][0]['area']:,} pixels" in legend[1]
+    visit.page.mouse.move(0, 0)  # an entry of the legend that is pointed at shows its mask alone
     for (x, y), was in zip(((1, 1), (200, 150)), before, strict=True):
         painted = visit.page.evaluate(PIXEL, [x, y]) != was
         assert painted == expected.masks[:, y, x].any()
