@@ -179,7 +179,7 @@ def _predict_many(
     if not results.images:
         words = f"none of {len(jobs)} images could be predicted: " if len(jobs) > 1 else ""
         raise UserError(words + failures[0])
-    (directory / "predictions.json").write_text(json.dumps(results.to_dict(), indent=1))
+    (directory / "predictions.json").write_text(json.dumps(results.to_dict()))
     return lines, failures
 
 

@@ -87,33 +87,32 @@ def test_folders_and_patterns_and_a_bad_file(
     image_file(more / "a.png", 20, 20)
     texts = ("the red circle", "the square")
     images = (str(photos), str(more / "*.png"), str(photos / "a.jpg"))
-    outcome = predict_files(Request(directory, tmp_path / "out", images, texts=texts))
+    request = Request(directory, tmp_path / "out", images, texts=texts, no_target_pixels=200)
+    outcome = predict_files(request)
     assert outcome.failures == (
         f"{photos / 'broken.png'}: expected an image file, found something else",
     )
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*"))
     names = ["0_the_red_circle.png", "1_the_square.png", "overlay.png"]
     assert found == [f"{folder}/{name}" for folder in ("a", "a_2", "b") for name in names]
-    assert [line.rsplit(", ", 2)[-2:] for line in outcome.lines[:2]] == [
-        ["b/0_the_red_circle.png", "no target"],
-        ["b/1_the_square.png", "no target"],
-    ]
     with contextlib.redirect_stdout(io.StringIO()):
         data = coco.COCO(str(tmp_path / "out" / "predictions.json"))
     files = [photos / "B.PNG", photos / "a.jpg", more / "a.png"]
     assert [image["file_name"] for image in data.imgs.values()] == list(map(str, files))
     annotations = list(data.anns.values())
     assert [a["phrase"] for a in annotations] == list(texts) * 3
-    for annotation in annotations:
+    assert {annotation["no_target"] for annotation in annotations} == {True, False}
+    for annotation, line in zip(annotations, outcome.lines, strict=True):
         image = image_input.read_image(files[annotation["image_id"] - 1])
         expected = predictor.predict(image, texts=[annotation["phrase"]])
         mask = data.annToMask(annotation)
-        assert mask.sum() == annotation["area"]
+        assert 0 < mask.sum() == annotation["area"] < mask.size
         # A pixel may be of the other sign by rounding, where others are in the batch.
         assert (mask != expected.masks[0]).mean() < 0.01
         np.testing.assert_array_equal(png(tmp_path / "out" / annotation["file"]), mask * 255)
         assert annotation["predicted_iou"] == pytest.approx(expected.iou[0], abs=1e-3)
-        assert annotation["no_target"] == (mask.sum() < 50)
+        assert annotation["no_target"] == (mask.sum() < 200)
+        assert line.endswith(annotation["file"] + ", no target" * annotation["no_target"])
 
 
 def jobs_file(folder: pathlib.Path, *lines: str) -> pathlib.Path:

@@ -22,6 +22,8 @@ def random_params(config: evf_sam.EvfSamConfig = CONFIG, seed: int = 0) -> dict[
         values = rng.normal(size=shape).astype(np.float32)
         if path.endswith("kernel"):
             return values / np.float32(np.sqrt(shape[-2]))
+        if path.endswith("bias"):  # larger ones would drown what is asked
+            return values / 4
         return 1 + values / 10 if path.endswith("scale") else values
 
     shapes = model_dir.path_leaves(evf_sam.param_shapes(config))
