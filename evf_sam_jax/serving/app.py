@@ -155,9 +155,10 @@ class _Desk:
         )
         try:
             form = await parser.parse()
-        except (MultiPartException, KeyError) as error:
-            reason = error.message if isinstance(error, MultiPartException) else "no boundary"
-            raise UserError(f"expected a form with one file, found: {reason}") from None
+        except MultiPartException as error:
+            raise UserError(f"expected a form with one file, found: {error}") from None
+        except KeyError:
+            raise UserError("expected a form with one file, found: no boundary") from None
         try:
             return await asked.from_form(form, self.limits)
         finally:
