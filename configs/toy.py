@@ -18,29 +18,36 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = shapes.get_config("fusion=late")
 
     # Model
-    config.model.encoder.update(width=64, layers=2, mlp_width=128, image_size=32)
-    config.model.segmenter.update(
+    encoder = dict(width=64, layers=2, mlp_width=128, image_size=32)
+    segmenter = dict(
         width=64, depth=2, image_size=64, patch_size=8, out_channels=64, decoder_mlp_width=128
     )
+    config.update(model=dict(encoder=encoder, segmenter=segmenter))
 
     # Data
-    config.data.shapes = dict(sides=(64, 64), objects=(3, 3), weights=(1.0, 0.0, 0.0, 0.0))
-    config.data.canvas = (64, 64)
+    config.data = dict(
+        shapes=dict(sides=(64, 64), objects=(3, 3), weights=(1.0, 0.0, 0.0, 0.0)),
+        text_length=14,
+        canvas=(64, 64),
+    )
 
     # Training
     config.stage_order = ("referring",)
-    del config.stages.pretrain
-    config.stages.referring.steps = 300
-    config.stages.referring.trainable = (
-        # The random Fourier features of positions are a constant of SAM.
-        (".*/positional_encoding_gaussian_matrix", False),
-        (".*", True),
-    )
-    config.stages.referring.optimizer = dict(
-        learning_rate=1e-3, schedule="cosine", warmup_steps=100
+    config.stages = dict(
+        referring=dict(
+            prompts="text",
+            steps=300,
+            batch_size=16,
+            trainable=(
+                # The random Fourier features of positions are a constant of SAM.
+                (".*/positional_encoding_gaussian_matrix", False),
+                (".*", True),
+            ),
+            optimizer=dict(learning_rate=1e-3, schedule="cosine", warmup_steps=100),
+        )
     )
 
     # Checkpoints and evaluation
-    config.checkpoints.every = 300
-    config.evaluation.update(images=64, every=300)
+    config.checkpoints = dict(every=300, keep=1, keep_best=1)
+    config.evaluation = dict(split="val", images=64, batch_size=16, every=300, panel_images=4)
     return config
