@@ -24,6 +24,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = ("true_computation", "false_computation", "branch_computations")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # How TPU's compiler names what fuses an all-reduce with the cut that keeps one part of it.
 _FUSED_SCATTER = "all-reduce-scatter"
 
@@ -89,12 +90,32 @@ def collective_bytes(hlo_text: str) -> dict[str, Collective]:
     def total(name: str) -> _Totals:
         instructions = computations.get(name, [])
         types = {instruction.name: instruction.result for instruction in instructions}
-        sent = _sum(_sent(one, types, total, computations) for one in instructions)
+        once = _each_channel_once(instructions, computations)
+        sent = _sum(_sent(one, types, total, computations) for one in once)
         if name.startswith(_FUSED_SCATTER):
             return {**sent, "all-reduce": Collective(), "reduce-scatter": sent["all-reduce"]}
         return sent
 
     return dict(total(entry))
+
+
+def _each_channel_once(
+    instructions: Iterable[_Instruction], computations: Mapping[str, Sequence[_Instruction]]
+) -> Iterator[_Instruction]:
+    """Leaves out the fusions that go on with a collective of an earlier one.
+
+    TPU's compiler spreads one collective over several fusions, so that it runs beside what they
+    compute; each has it whole in its text, on the same channel.
+    """
+    seen: set[str] = set()
+    for one in instructions:
+        if one.opcode == "fusion":
+            fused = [inner for _, name in _called(one) for inner in computations.get(name, [])]
+            channels = {found[1] for inner in fused if (found := _CHANNEL.search(inner.rest))}
+            if channels and channels <= seen:
+                continue
+            seen |= channels
+        yield one
 
 
 def _sum(totals: Iterable[_Totals]) -> _Totals:

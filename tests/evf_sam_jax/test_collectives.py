@@ -176,7 +176,8 @@ def test_asynchronous_collectives_count_where_they_start():
     }
 
 
-# As TPU's compiler writes a loop, whose count it does not say, and its reduce-scatter.
+# As TPU's compiler writes a loop, whose count it does not say, its reduce-scatter, and a gather that
+# goes on beside other work.
 OF_TPU = """HloModule loop
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -192,11 +193,22 @@ OF_TPU = """HloModule loop
   ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce, %zero, %zero), dynamic_slice_sizes={2,4}
 }
 
+%async.1 (begun: f32[2,4]) -> f32[8,4] {
+  %begun = f32[2,4]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[8,4]{1,0} all-gather(%begun), channel_id=7, dimensions={0}
+}
+
+%async.2 (ended: f32[2,4]) -> f32[8,4] {
+  %ended = f32[2,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = f32[8,4]{1,0} all-gather(%ended), channel_id=7, dimensions={0}
+}
+
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %p = (s32[]{:T(128)}, f32[8,4]{1,0}) parameter(0)
   %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
   %scattered = f32[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
-  %gathered = f32[8,4]{1,0} all-gather(%scattered), dimensions={0}
+  %gathering = f32[8,4]{1,0} fusion(%scattered), kind=kCustom, calls=%async.1
+  %gathered = f32[8,4]{1,0} fusion(%scattered), kind=kCustom, calls=%async.2
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %next = (s32[]{:T(128)}, f32[8,4]{1,0}) tuple(%i, %gathered)
 }
