@@ -20,11 +20,11 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from pyarrow import ArrowException, parquet
 
 from data_pipelines.coco_json import PresentFiles, missing_image
 from data_pipelines.dataset import Dataset
@@ -87,21 +87,9 @@ def _group_begins(path: Path) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
 
 
-def _pyarrow_parquet() -> ModuleType:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "reading Parquet files needs pyarrow: pip install 'evf-sam-jax[parquet]'"
-        ) from None
-    return pyarrow.parquet
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The open file. Raises UserError if it is no Parquet, here or while it is read."""
-    parquet = _pyarrow_parquet()
-    from pyarrow import ArrowException
 
     try:
         with parquet.ParquetFile(path) as opened:

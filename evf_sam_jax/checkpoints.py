@@ -123,8 +123,8 @@ class Checkpoints:
 
         Args:
           like: shapes with shardings.
-          say: is told of checkpoints that are not whole, which the next `save` removes, and of another
-        number of devices.
+          say: is told of checkpoints that are not whole, which the next `save` removes, and of a
+        number of devices that has changed.
 
         Raises:
           UserError: there are checkpoints, and none is whole; or the frozen parameters are not.

@@ -11,16 +11,13 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 from etils import epath
 
 from evf_sam_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 PHRASES, SHARDS = "phrases.parquet", "predictions"
 _PARTIAL = ".partial"
@@ -109,9 +106,8 @@ def columns() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(PhraseRow))
 
 
-def schema() -> "pyarrow.Schema":
-    """The columns with their types. Raises UserError if pyarrow is not installed."""
-    pa = _pyarrow()
+def schema() -> pa.Schema:
+    """The columns with their types."""
     types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     fields = [
         pa.field(field.name, types[field.type], nullable=False)
@@ -120,7 +116,7 @@ def schema() -> "pyarrow.Schema":
     return pa.schema(fields)
 
 
-def read_rows(workdir: epath.PathLike) -> "pyarrow.Table":
+def read_rows(workdir: epath.PathLike) -> pa.Table:
     """All phrases of a finished evaluation, by set, image and phrase.
 
     Raises:
@@ -134,7 +130,7 @@ def read_rows(workdir: epath.PathLike) -> "pyarrow.Table":
     return _read_table(path)
 
 
-def write_rows(workdir: epath.PathLike, table: "pyarrow.Table") -> None:
+def write_rows(workdir: epath.PathLike, table: pa.Table) -> None:
     """Writes `phrases.parquet`, whole or not at all."""
     _write(epath.Path(workdir) / PHRASES, table)
 
@@ -151,7 +147,6 @@ def write_shard(
     Args:
       groups: whose rows these are; all of them.
     """
-    pa = _pyarrow()
     folder = epath.Path(workdir) / SHARDS
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(p.stem.split("-")[1]) for p in folder.glob(f"{process:05}-*.parquet")]
@@ -163,14 +158,13 @@ def write_shard(
 
 def read_shards(workdir: epath.PathLike) -> Shards:
     """What the shards of all processes hold. Raises UserError if one is damaged."""
-    parquet = _parquet()
     files = tuple(sorted((epath.Path(workdir) / SHARDS).glob("*.parquet")))
     groups: set[int] = set()
     left_out: list[LeftOut] = []
     for path in files:
         try:
             with path.open("rb") as file:
-                notes = json.loads(parquet.read_schema(file).metadata[_NOTES])
+                notes = json.loads(pyarrow.parquet.read_schema(file).metadata[_NOTES])
             groups.update(notes["groups"])
             left_out += [LeftOut(**one) for one in notes["left_out"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -178,13 +172,12 @@ def read_shards(workdir: epath.PathLike) -> Shards:
     return Shards(frozenset(groups), tuple(left_out), files)
 
 
-def merge_shards(shards: Shards) -> "pyarrow.Table":
+def merge_shards(shards: Shards) -> pa.Table:
     """The rows of all shards, by set, image and phrase.
 
     Raises:
       UserError: a phrase is there twice, as two jobs at once in a directory leave it.
     """
-    pa = _pyarrow()
     keys = ["set", "image_index", "phrase_index"]
     tables = [_read_table(path) for path in shards.files] or [schema().empty_table()]
     table = pa.concat_tables(tables).sort_by([(key, "ascending") for key in keys])
@@ -196,18 +189,16 @@ def merge_shards(shards: Shards) -> "pyarrow.Table":
     return table
 
 
-def columns_of(
-    table: "pyarrow.Table", set_name: str, names: Sequence[str]
-) -> dict[str, np.ndarray]:
+def columns_of(table: pa.Table, set_name: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Some columns of a set's rows."""
-    own = table.filter(_pyarrow().array(table["set"].to_numpy() == set_name))
+    own = table.filter(pa.array(table["set"].to_numpy() == set_name))
     return {name: own[name].to_numpy() for name in names}
 
 
-def _read_table(path: epath.Path) -> "pyarrow.Table":
+def _read_table(path: epath.Path) -> pa.Table:
     try:
         with path.open("rb") as file:
-            table = _parquet().read_table(file).replace_schema_metadata(None)
+            table = pyarrow.parquet.read_table(file).replace_schema_metadata(None)
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     if tuple(table.schema.names) != columns():
@@ -216,9 +207,9 @@ def _read_table(path: epath.Path) -> "pyarrow.Table":
     return table.cast(schema())
 
 
-def _write(path: epath.Path, table: "pyarrow.Table") -> None:
+def _write(path: epath.Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
-    _parquet().write_table(table, buffer)
+    pyarrow.parquet.write_table(table, buffer)
     partial = path.parent / (path.name + _PARTIAL)
     try:
         partial.write_bytes(buffer.getvalue())
@@ -230,22 +221,3 @@ def _write(path: epath.Path, table: "pyarrow.Table") -> None:
 def _damaged(path: epath.Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{path}: expected rows of an evaluation, found it damaged: {reason}")
-
-
-def _pyarrow() -> ModuleType:
-    """Loaded when used, since only evaluation needs it."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UserError(
-            "evaluation writes Parquet files, which needs pyarrow: "
-            "pip install 'evf-sam-jax[parquet]'"
-        ) from None
-    return pyarrow
-
-
-def _parquet() -> ModuleType:
-    _pyarrow()
-    import pyarrow.parquet
-
-    return pyarrow.parquet

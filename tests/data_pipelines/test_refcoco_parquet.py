@@ -3,12 +3,13 @@
 import io
 import json
 import pickle
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
@@ -29,9 +30,6 @@ from tests.data_pipelines.refer_files import (
     W,
     write_refer_root,
 )
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 BY_NAME = {dataset.name: dataset for dataset in DATASETS}
 
@@ -184,15 +182,6 @@ def test_a_missing_column_split_or_file_is_an_error(tmp_path: Path):
     broken.write_bytes(b"not parquet")
     with pytest.raises(UserError, match="train-.*: expected a readable Parquet file, found"):
         dataset.source(root, "val")
-
-
-def test_without_pyarrow_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    root = write_annotations(tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match=r"pip install 'evf-sam-jax\[parquet\]'"):
-        BY_NAME["refcoco_parquet"].source(root, "val")
 
 
 def png(value: int, height: int = H) -> bytes:

@@ -176,8 +176,8 @@ def test_asynchronous_collectives_count_where_they_start():
     }
 
 
-# As TPU's compiler writes a loop, whose count it does not say, its reduce-scatter, and a gather that
-# goes on beside other work.
+# As TPU's compiler writes a loop, whose count it does not say, its reduce-scatter, and a gather
+# that goes on beside other work.
 OF_TPU = """HloModule loop
 
 %add (a: f32[], b: f32[]) -> f32[] {
