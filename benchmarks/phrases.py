@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.alternation import print_comparison
 from data_pipelines.image_input import read_image
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 
 PHRASES = (1, 16)
 TOKENS = 12

@@ -27,7 +27,7 @@ from data_pipelines.shapes_baselines import (
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.evaluation.held_out import evaluate, make_count_step
 from evf_sam_jax.metrics import IouSums
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 
 BATCH_SIZE = 16
 TEXT_LENGTH = 16

@@ -39,12 +39,9 @@ from evf_sam_jax.predictor import (
     DecodedJob,
     InputImage,
     Job,
-    Prediction,
     Predictor,
     PreparedJob,
 )
-
-__all__ = ["Prediction", "Predictor"]  # where they were before
 
 IMAGES_AT_A_TIME = 4
 

@@ -37,7 +37,7 @@ from evf_sam_jax.metrics import IouSums, StepMetrics
 from evf_sam_jax.model_dir import path_leaves, require_space, write_model_dir
 from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.param_rules import Params, match_rules, merge
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.preemption import Preempted, PreemptionNotice
 from evf_sam_jax.progress import STEPS_AHEAD, NotFinite, Progress
 from evf_sam_jax.replay import save_failure

@@ -21,7 +21,7 @@ from data_pipelines.batch import Batch
 from evf_sam_jax.metrics import IouSums, overlap_counts
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.param_rules import Params
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.sharding import replicated
 from evf_sam_jax.train_step import PromptKind, predict_masks
 from evf_sam_jax.visualize import COLORS, Cell, outline, overlay, panel

@@ -24,7 +24,7 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.model_dir import nest, path_leaves, read_manifest
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.param_rules import Params
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.run_log import run_directory
 
 NEWEST, BEST = "newest", "best"

@@ -18,7 +18,7 @@ from evf_sam_jax.evaluation.loading import load_model
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.metrics import IouSums
 from evf_sam_jax.model_dir import path_leaves
-from evf_sam_jax.predict import Predictor
+from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.train import train
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT
 

@@ -9,7 +9,7 @@ from data_pipelines.assemble import Example
 from evf_sam_jax.evaluation.held_out import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.metrics import IouSums
-from evf_sam_jax.predict import Prediction, Predictor
+from evf_sam_jax.predictor import Prediction, Predictor
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, batch
 
 
