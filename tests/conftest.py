@@ -35,9 +35,26 @@ jax.config.update("jax_compilation_cache_dir", _compiled.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def _is_slow_tier(config: pytest.Config) -> bool:
+    return "slow" in config.option.markexpr.replace("not slow", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles fast rather than well, but for slow tests, which compute more than they compile."""
+    if not _is_slow_tier(config):
+        # Not 0, with which coordinates of pixels are rounded otherwise.
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for what mostly compiles; slow tests have the machine to themselves."""
+    return 0 if _is_slow_tier(config) else 2
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps slow tests out of `-m torch`, and says why a torch test cannot run."""
-    if "slow" not in config.option.markexpr:
+    if not _is_slow_tier(config):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
