@@ -25,6 +25,7 @@ from data_pipelines.shapes_baselines import (
     shuffled_phrases_ciou,
 )
 from data_pipelines.train_pipeline import iterate
+from evf_sam_jax.errors import run_command
 from evf_sam_jax.evaluation.held_out import evaluate, make_count_step
 from evf_sam_jax.metrics import IouSums
 from evf_sam_jax.predictor import Predictor
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

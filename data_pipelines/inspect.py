@@ -117,6 +117,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.sheet is not None:
         picture = sheet(dataset.source(options.root, splits[0]), options.images)
         try:
+            options.sheet.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(options.sheet)
         except (OSError, ValueError) as error:  # ValueError: no such kind of picture
             raise UserError(f"--sheet {options.sheet} cannot be written: {error}") from None
