@@ -5,6 +5,10 @@ Ported from hustvl/EVF-SAM inference.py:42-91,172-173 and
 model/segment_anything/utils/transforms.py:27-34,103-113 at 9935dc5. Both resizes are reproduced in
 NumPy and Pillow without torch.
 
+Only files of `FORMATS` are opened, by their content and not by their name. Of these Pillow reads the
+header first, so that what is too large is refused before it is decoded. Others it decodes while
+opening them (an ICO with a PNG inside) or passes to another program (EPS to Ghostscript).
+
 Differences: a side never shrinks below one pixel (the original fails there); the segmenter's image
 stays uint8 and is padded with zeros here, since normalisation and the padding with the mean happen
 on the device.
@@ -24,6 +28,9 @@ from evf_sam_jax.errors import UserError
 # Beyond this Pillow calls a file a decompression bomb; it is checked on the header, before anything
 # is decoded.
 MAX_PIXELS = 178_956_970
+
+# A camera's JPEG with several pictures, which Pillow calls MPO, is opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -50,8 +57,8 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> UInt8[n
     by up to 1.
 
     Raises:
-      UserError: the file is missing, a directory, empty, truncated, no image, or of more than
-        `max_pixels` pixels.
+      UserError: the file is missing, a directory, empty, truncated, no image of `FORMATS`, or of
+        more than `max_pixels` pixels.
     """
     if not os.path.exists(path):
         raise UserError(f"{path}: expected an image file, found nothing there")
@@ -103,13 +110,16 @@ def _open(file: str | os.PathLike | io.BytesIO, name: str, max_pixels: int) -> I
         with warnings.catch_warnings():
             # Pillow warns at half of its limit; the one that counts is the caller's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file)
+            return Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:
         raise UserError(f"{name}: expected at most {max_pixels:,} pixels, found more") from None
     except PermissionError:
         raise UserError(f"{name}: expected a readable image file, found no permission") from None
     except Exception as error:  # each decoder raises its own
-        raise UserError(f"{name}: expected an image file, found something else") from error
+        raise UserError(
+            f"{name}: expected an image file, "
+            "found something else than PNG, JPEG, WebP, BMP, GIF or TIFF"
+        ) from error
 
 
 def sam_size(height: int, width: int, frame: int = 1024) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def read_labels(path: Path) -> Integer[np.ndarray, "h w"]:
       UserError: it is no image, or one of colours.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             if image.mode not in ("L", "P", "I", "I;16"):
                 raise UserError(f"{path}: expected a grey or a palette PNG, found {image.mode}")
             return np.asarray(image).astype(np.int32)

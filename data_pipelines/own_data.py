@@ -24,7 +24,7 @@ from PIL import Image
 
 from data_pipelines.coco_json import CocoFile, CocoImage, PresentFiles, missing_image, read_coco
 from data_pipelines.dataset import Dataset
-from data_pipelines.image_input import read_size
+from data_pipelines.image_input import FORMATS, read_size
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.segmentations import SegmentationError, encode_mask, encode_segmentation
 from evf_sam_jax.errors import UserError
@@ -61,16 +61,18 @@ def encode_png(path: Path, height: int, width: int) -> bytes:
     if not path.is_file():
         raise SegmentationError(f"expected the mask {path}, found nothing there")
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.size != (width, height):  # before it is decoded, however large it is
+                raise SegmentationError(
+                    f"expected a mask as large as the image, {width} x {height}, found {path} of "
+                    f"{opened.width} x {opened.height}"
+                )
             pixels = np.asarray(opened)
             bands = opened.getbands()
+    except SegmentationError:
+        raise
     except Exception as error:  # each decoder raises its own
         raise SegmentationError(f"expected a mask as a PNG, found another {path}") from error
-    if pixels.shape[:2] != (height, width):
-        raise SegmentationError(
-            f"expected a mask as large as the image, {width} x {height}, found {path} of "
-            f"{pixels.shape[1]} x {pixels.shape[0]}"
-        )
     if pixels.ndim == 3:
         pixels = pixels[..., : len(bands) - (bands[-1] == "A")].any(-1)
     mask = pixels != 0

@@ -28,7 +28,7 @@ from pyarrow import ArrowException, parquet
 
 from data_pipelines.coco_json import PresentFiles, missing_image
 from data_pipelines.dataset import Dataset
-from data_pipelines.image_input import decode_image
+from data_pipelines.image_input import FORMATS, decode_image
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.refer import PUBLISHED
 from data_pipelines.segmentations import (
@@ -259,7 +259,7 @@ def _image_size(row: Mapping[str, Any], where: str) -> tuple[int, int] | Problem
     """Height and width as the image's header says."""
     content = _value(_value(row, "image", dict, where), "bytes", (bytes, type(None)), where)
     try:
-        with Image.open(io.BytesIO(content or b"")) as image:
+        with Image.open(io.BytesIO(content or b""), formats=FORMATS) as image:
             return image.height, image.width
     except OSError:
         return Problem(where, f"expected an image in 'image', found {len(content or b'')} bytes")

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipelines.image_input import FORMATS
 from evf_sam_jax.errors import UserError
 
 KEYS = ("image", "text", "texts", "text_ids", "points", "box")
@@ -78,17 +79,18 @@ def with_prefix(job: FileJob, prefix: str) -> FileJob:
 def image_files(names: Sequence[str]) -> list[Path]:
     """Returns the image files that are named: by a path, a folder, or a pattern such as "*.jpg".
 
-    Of a folder, files whose ending is that of an image, by name; its folders are not looked into.
+    Of a folder, files whose ending is that of an image that can be read, by name; its folders are not looked into.
     Each file is returned once.
 
     Raises:
       UserError: a folder has no images, or nothing matches a pattern.
     """
+    read = (*FORMATS, "MPO")
+    endings = [end for end, kind in Image.registered_extensions().items() if kind in read]
     files: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            endings = Image.registered_extensions()
             found = [f for f in sorted(path.iterdir()) if f.suffix.lower() in endings]
             if not found:
                 raise UserError(f"--image: expected images in the folder {name}, found none")

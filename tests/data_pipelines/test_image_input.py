@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from data_pipelines.image_input import decode_image, encoder_input, read_image, sam_input, sam_size
+from data_pipelines.image_input import (
+    decode_image,
+    encoder_input,
+    read_image,
+    read_size,
+    sam_input,
+    sam_size,
+)
 from evf_sam_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -263,6 +270,24 @@ def test_a_file_that_is_no_image(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     with pytest.raises(UserError, match="image.png: expected"):
         read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS", "EPS", "PDF", "TGA", "PPM"])
+def test_other_formats_are_not_opened(tmp_path: Path, kind: str):
+    path = tmp_path / "image.png"  # whatever it is called
+    Image.fromarray(smooth()).save(path, format=kind)
+    for read in (read_image, read_size, lambda file: decode_image(file.read_bytes(), "image.png")):
+        with pytest.raises(UserError, match="image.png: expected an image file, found something e"):
+            read(path)
+
+
+def test_a_cameras_file_of_two_pictures_is_read(tmp_path: Path):
+    path = tmp_path / "image.jpg"
+    first = Image.fromarray(smooth())
+    first.save(path, format="MPO", save_all=True, append_images=[first.rotate(180)], quality=98)
+    with Image.open(path) as opened:
+        assert opened.format == "MPO"
+    assert np.abs(read_image(path).astype(int) - smooth()).mean() < 2
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".tif"])

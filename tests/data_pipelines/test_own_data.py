@@ -172,6 +172,7 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
     (tmp_path / "text.png").write_text("no image")
     Image.new("L", (WIDTH + 1, HEIGHT), 1).save(tmp_path / "wide.png")
     Image.new("L", (WIDTH, HEIGHT), 0).save(tmp_path / "empty.png")
+    Image.new("RGBA", (16, 16), "red").save(tmp_path / "icon.png", format="ICO")
     path = write_lines(
         tmp_path,
         record(),
@@ -185,6 +186,7 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
         record(phrase=" "),
         record(phrase=["words", ""]),
         record(phrase=[]),
+        record(mask="icon.png"),
     )
     index = JSONL.index(tmp_path, "train")
     whats = {
@@ -196,8 +198,10 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
         9: "expected words, found an empty phrase",
         10: "expected words, found an empty phrase",
         11: "expected words, found an empty phrase",
+        12: f"expected a mask as a PNG, found another {tmp_path}/icon.png",
         7: "expected the image missing.png, found nothing there",
-        8: f"{tmp_path}/text.png: expected an image file, found something else",
+        8: f"{tmp_path}/text.png: expected an image file, "
+        "found something else than PNG, JPEG, WebP, BMP, GIF or TIFF",
     }
     assert index.problems() == [Problem(f"{path}:{n}", what) for n, what in whats.items()]
     assert [t.target_id for t in index.annotated(0).targets] == ["1", "10"]

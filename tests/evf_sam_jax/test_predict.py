@@ -84,13 +84,15 @@ def test_folders_and_patterns_and_a_bad_file(
     image_file(photos / "a.jpg", 40, 60)
     filled(photos / "broken.png", b"no picture")
     filled(photos / "notes.txt", b"no image either")
+    filled(photos / "drawing.eps", b"%!PS, which is not read")
     image_file(more / "a.png", 20, 20)
     texts = ("the red circle", "the square")
     images = (str(photos), str(more / "*.png"), str(photos / "a.jpg"))
     request = Request(directory, tmp_path / "out", images, texts=texts, no_target_pixels=200)
     outcome = predict_files(request)
     assert outcome.failures == (
-        f"{photos / 'broken.png'}: expected an image file, found something else",
+        f"{photos / 'broken.png'}: expected an image file, "
+        "found something else than PNG, JPEG, WebP, BMP, GIF or TIFF",
     )
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/*/*"))
     names = ["0_the_red_circle.png", "1_the_square.png", "overlay.png"]
@@ -369,7 +371,7 @@ def test_the_command_goes_on_past_a_bad_file_and_says_so(
     paths = ["--model", directory, "--out", tmp_path / "out"]
     result = command(*paths, "--image", tmp_path / "*.png", "--text", "it")
     assert result.returncode == 1
-    sentence = "expected an image file, found something else"
+    sentence = "expected an image file, found something else than PNG, JPEG, WebP, BMP, GIF or TIFF"
     assert result.stderr == f"failed: {tmp_path / 'b.png'}: {sentence}\n"
     line, written = result.stdout.splitlines()
     assert line.startswith("'it': ") and "a/0_it.png" in line
