@@ -4,7 +4,8 @@ Reference: hustvl/EVF-SAM at 9935dc5, `eval.py`: cIoU is the sum of all intersec
 all unions, gIoU the mean of the phrases' IoUs, where an empty prediction of an empty target has 1.
 
 Differences: sums are exact; gIoU divides by the number of phrases, without the 1e-5 that the
-original adds; where parts of a target overlap, both ways to count are given.
+original adds; precision compares integers, so that 50 of 100 pixels are an IoU of 0.5 or more;
+where parts of a target overlap, both ways to count are given.
 
 N-acc and T-acc are those of gRefCOCO (Liu et al. 2023, "GRES"): a prediction of few pixels says
 that there is no target.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from evf_sam_jax.metrics import EPSILON
 
@@ -152,6 +153,13 @@ def phrase_ious(
     return intersection / (union + EPSILON) + (union == 0)
 
 
+def iou_at_least(
+    intersection: Int[np.ndarray, " n"], union: Int[np.ndarray, " n"], tenths: int
+) -> Bool[np.ndarray, " n"]:
+    """Which phrases have so many tenths of IoU or more, exactly; nothing of nothing has."""
+    return 10 * intersection.astype(np.int64) >= tenths * union.astype(np.int64)
+
+
 def cumulative_iou(intersection: Int[np.ndarray, " n"], union: Int[np.ndarray, " n"]) -> float:
     """All intersections over all unions."""
     return int(intersection.sum()) / (int(union.sum()) + EPSILON)
@@ -187,7 +195,10 @@ def _score(
         ciou=Estimate(cumulative_iou(intersection, union), ciou_low, ciou_high),
         giou=Estimate(math.fsum(ious) / len(ious), giou_low, giou_high),
         mean_image_iou=math.fsum(of_image / phrases) / images,
-        precision={str(least): float(np.mean(ious >= least)) for least in THRESHOLDS},
+        precision={
+            str(least): float(np.mean(iou_at_least(intersection, union, round(10 * least))))
+            for least in THRESHOLDS
+        },
     )
 
 

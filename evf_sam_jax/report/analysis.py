@@ -168,7 +168,7 @@ def _set_scores(
         "cIoU, parts united": phrases.ciou_of_united_parts(),
         "gIoU": phrases.giou(),
         "mean IoU per image": Ratio(phrases.iou / per_image, 1 / per_image),
-        **{f"P@{level}": phrases.share(phrases.iou >= level) for level in PRECISIONS},
+        **{f"P@{level}": phrases.share(phrases.at_least(level)) for level in PRECISIONS},
     }
     if empty.any():
         ratios["N-acc"] = phrases.share(few, empty)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.rows import read_rows
+from evf_sam_jax.evaluation.scores import iou_at_least
 from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.report.estimates import Ratio
 
@@ -50,7 +51,11 @@ class EvaluatedSet:
     @property
     def found(self) -> Bool[np.ndarray, " n"]:
         """Which phrases were found: IoU of 0.5 or more."""
-        return self.iou >= FOUND
+        return self.at_least(FOUND)
+
+    def at_least(self, level: float) -> Bool[np.ndarray, " n"]:
+        """Which phrases have so much IoU or more, exactly; `level` has one decimal."""
+        return iou_at_least(self.intersection, self.union, round(10 * level))
 
     def ciou(self, member: Bool[np.ndarray, " n"] | None = None) -> Ratio:
         """All intersections over all unions, of these phrases."""

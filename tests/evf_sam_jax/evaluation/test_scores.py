@@ -39,6 +39,16 @@ def test_scores_by_hand():
     assert score.precision == {"0.5": 0.75, "0.6": 0.75, "0.7": 0.5, "0.8": 0.5, "0.9": 0.5}
 
 
+def test_a_tie_with_a_threshold_is_a_hit():
+    tenths = {"0.5": 5, "0.6": 6, "0.7": 7, "0.8": 8, "0.9": 9}
+    for one, tenth in tenths.items():
+        for union in (10, 70, 100, 307_200):
+            least = tenth * union // 10
+            found = scored(intersection=[least, least - 1], union=[union, union])
+            assert found.as_original.precision[one] == 0.5, (one, union)
+    assert set(scored(intersection=[0], union=[0]).as_original.precision.values()) == {1.0}
+
+
 def test_both_ways_to_count_overlapping_parts_are_scored():
     found = scored(
         intersection=[8],
