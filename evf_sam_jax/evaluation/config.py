@@ -10,7 +10,8 @@ from evf_sam_jax.evaluation.tables import PAPER
 from evf_sam_jax.models.config_checks import DTYPES
 
 AUTO = "auto"
-# What may change where an evaluation goes on: it changes no number.
+# What may change where an evaluation goes on: no row depends on it. `config.json` keeps the values
+# that it began with; `results.json`, written last, has those that its numbers were made with.
 FREE = ("devices", "threads", "shard_phrases", "coco_json", "bootstrap_samples", "bootstrap_seed")
 FREE += ("no_target_pixels", "paper")
 

@@ -16,6 +16,7 @@ from evf_sam_jax.report.pictures import ReadExample, predicted_mask, read_matchi
 from evf_sam_jax.run_log import run_directory
 
 SHOWN = 50  # of the worst, and of the best
+RESULTS = "results.json"
 SHOWN_FLIPS = 40  # with pictures, of all sets and both ways
 
 
@@ -26,11 +27,15 @@ def build_report(run: epath.PathLike, against: epath.PathLike | None = None) -> 
       against: a run to compare with, on some of the same sets.
 
     Raises:
-      UserError: one is no finished evaluation, or the two have no set in common, or asked other
-        phrases of one.
+      UserError: one is no finished evaluation (it has no `results.json`), or the two have no set in
+        common, or asked other phrases of one.
     """
+    results = _results(run)
     sets = read_sets(run)
-    others = {} if against is None else read_sets(against)
+    others = {}
+    if against is not None:
+        _results(against)
+        others = read_sets(against)
     common = [name for name in sets if name in others]
     if against is not None and not common:
         raise UserError(
@@ -39,7 +44,7 @@ def build_report(run: epath.PathLike, against: epath.PathLike | None = None) -> 
         )
     for name in common:
         require_same_phrases(sets[name], others[name], run, against or "")
-    config = _config(run)
+    config = results["config"]
     counting = _counting(config)
     analyses = [analyse(one, others.get(name), counting) for name, one in sets.items()]
 
@@ -56,7 +61,7 @@ def build_report(run: epath.PathLike, against: epath.PathLike | None = None) -> 
             config=config,
             counting=counting,
             sets=analyses,
-            paper=_paper_figures(run, list(sets)),
+            paper=_paper_figures(results, list(sets)),
             only_here=[name for name in sets if against is not None and name not in others],
             only_there=[name for name in others if name not in sets],
             worst=[_card(read, ordered[i], None, row) for i, row in worst],
@@ -77,32 +82,34 @@ def _names(run: epath.PathLike, against: epath.PathLike | None) -> tuple[str, st
     return (here, there) if here and there and here != there else (str(run), str(against))
 
 
-def _config(run: epath.PathLike) -> Mapping[str, Any]:
-    """The values that the run was started with; nothing where it wrote none."""
-    return _read_json(epath.Path(run) / "config.json")
+def _results(run: epath.PathLike) -> Mapping[str, Any]:
+    """What the run wrote last, with the config that its numbers were made with.
+
+    Raises:
+      UserError: it has not got that far, or the file is not what it wrote.
+    """
+    path = epath.Path(run) / RESULTS
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{run}: expected the directory of a finished evaluation, found no {RESULTS}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected what the run wrote there, found {error}") from None
+    if not isinstance(values, Mapping) or not isinstance(values.get("config"), Mapping):
+        raise UserError(f"{path}: expected an object with a config, found something else")
+    return values
 
 
-def _paper_figures(run: epath.PathLike, names: Sequence[str]) -> dict[str, float]:
+def _paper_figures(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """The paper's cIoU of these sets, in percent, if the run is of one of the paper's models."""
-    model = _read_json(epath.Path(run) / "results.json").get("model")
+    model = results.get("model")
     variant = model.get("paper_variant") if isinstance(model, Mapping) else None
     if not isinstance(variant, str) or variant not in PAPER:
         return {}
     figures = dict(zip(PAPER_SETS, PAPER[variant][1], strict=True))
     return {name: figures[name] for name in names if name in figures}
-
-
-def _read_json(path: epath.Path) -> Mapping[str, Any]:
-    """The object that a file holds; nothing where there is no file."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected what the run wrote there, found {error}") from None
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path}: expected an object, found {type(values).__name__}")
-    return values
 
 
 def _counting(config: Mapping[str, Any]) -> Counting:
@@ -126,6 +133,7 @@ def _reader(
         opened = open_sets(
             list(sets),
             str(config.get("data", "")),
+            images=config["images"] if isinstance(config.get("images"), int) else 0,
             ignore_unlabelled=bool(config.get("ignore_unlabelled", False)),
             semantic_prefix=bool(config.get("semantic_prefix", True)),
         )

@@ -3,7 +3,8 @@
 cIoU, gIoU and shares of phrases are all ratios of two sums over phrases. Phrases of an image share
 its difficulty, so images are what is drawn again, with all their phrases; all ratios of a set see
 the same draws, which makes differences between them paired. The draws are those of
-`evf_sam_jax/evaluation/scores.py`, so the intervals are those of `results.json`.
+`evf_sam_jax/evaluation/scores.py`, so with the values that `results.json` names as its config the
+intervals are those that it has.
 """
 
 import dataclasses

@@ -88,9 +88,9 @@ def prediction_columns(target: np.ndarray, predicted: np.ndarray, masks: bool = 
 
 
 def write(workdir: Path, rows: list[dict], **values) -> None:
-    """Writes rows and a config as an evaluation does; `values` are some of the config's."""
+    """Writes rows, and a config with the results; `values` are some of the config's."""
     workdir.mkdir(parents=True, exist_ok=True)
     checked = [vars(PhraseRow(**row)) for row in rows]
     write_rows(workdir, pa.Table.from_pylist(checked, schema=schema()))
     job = EvaluationJob(model="runs/made_up/model", split="shapes/val", **values)
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(job)))
+    (workdir / "results.json").write_text(json.dumps({"config": dataclasses.asdict(job)}))

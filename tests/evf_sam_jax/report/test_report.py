@@ -1,6 +1,7 @@
 """The page holds what the runs say, asks for nothing, runs nothing, and says what is not there."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_pipelines.shapes import ShapesSource
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.rows import read_rows, write_rows
 from evf_sam_jax.evaluation.splits import PAPER_SETS
@@ -18,7 +20,7 @@ from evf_sam_jax.report.__main__ import main
 from evf_sam_jax.report.analysis import analyse, worst_and_best
 from evf_sam_jax.report.build import build_report
 from evf_sam_jax.report.evaluated_set import read_sets
-from tests.evf_sam_jax.report.made_up_run import prediction_columns, write, write_run
+from tests.evf_sam_jax.report.made_up_run import prediction_columns, row_of, write, write_run
 
 ROOT = Path(__file__).parents[3]
 ATTACK = "<script>alert(1)</script><img src=x onerror='alert(2)'> \u202e\x07\"&amp;"
@@ -90,7 +92,7 @@ def change(run: Path, out: Path, **columns) -> Path:
             row[key] = value(i, row[key])
     out.mkdir()
     write_rows(out, pa.Table.from_pylist(rows, schema=read_rows(run).schema))
-    (out / "config.json").write_text((run / "config.json").read_text())
+    (out / "results.json").write_text((run / "results.json").read_text())
     return out
 
 
@@ -125,6 +127,16 @@ def test_it_has_the_scores_of_every_set(runs: tuple[Path, Path], compared: str):
         per_image = [phrases.iou[phrases.image_index == i].mean() for i in range(30)]
         assert scores["mean IoU per image"].value == pytest.approx(np.mean(per_image))
         assert all(score.low <= score.value <= score.high for score in scores.values())
+
+
+def test_a_tie_with_a_threshold_is_a_hit_as_in_the_results(small: Path):
+    phrases = read_sets(small)["shapes/val"]
+    half = np.arange(len(phrases)) % 2
+    union = np.full(len(phrases), 100)
+    tied = dataclasses.replace(phrases, intersection=70 - half, union=union)
+    assert analyse(tied).scores["P@0.7"].value == np.mean(half == 0)
+    tied = dataclasses.replace(phrases, intersection=50 - half, union=union)
+    assert analyse(tied).scores["P@0.5"].value == np.mean(tied.found) == np.mean(half == 0)
 
 
 def test_the_histogram_has_each_phrase_once(runs: tuple[Path, Path]):
@@ -267,9 +279,17 @@ def test_mistakes_are_one_sentence(small: Path, tmp_path: Path):
     fewer = write_run(tmp_path / "fewer", images=4)
     with pytest.raises(UserError, match="expected the same phrases .* found 36 and 12"):
         build_report(other, fewer)
-    (fewer / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: expected what the run wrote there"):
+    for text in ("[]", '{"config": 3}'):
+        (fewer / "results.json").write_text(text)
+        with pytest.raises(UserError, match="results.json: expected an object with a config"):
+            build_report(fewer)
+    (fewer / "results.json").write_text("{")
+    with pytest.raises(UserError, match="results.json: expected what the run wrote there"):
         build_report(fewer)
+    (fewer / "results.json").unlink()
+    for runs in ((fewer, None), (other, fewer)):
+        with pytest.raises(UserError, match="of a finished evaluation, found no results.json"):
+            build_report(*runs)
 
 
 def test_the_made_up_counts_are_those_of_the_masks():
@@ -328,7 +348,8 @@ def test_groups_of_few_images_have_no_interval(small: Path):
 def test_the_papers_figures_stand_beside_those_of_its_models(small: Path, tmp_path: Path):
     run = change(small, tmp_path / "run", set=lambda i, old: PAPER_SETS[i // 3 % 8])
     assert "paper\u2019s cIoU" not in Page(build_report(run)).words
-    (run / "results.json").write_text('{"model": {"paper_variant": "evf-sam-multitask"}}')
+    model = {"paper_variant": "evf-sam-multitask"}
+    (run / "results.json").write_text(json.dumps({"config": {}, "model": model}))
     words = Page(build_report(run)).words
     # arXiv 2406.20076, Table 2: RefCOCO testA, and the average of the eight.
     assert "paper\u2019s cIoU" in words and "84.2" in words
@@ -342,3 +363,25 @@ def test_it_counts_as_the_run_did(small: Path, tmp_path: Path):
     assert "fewer than 7 pixels are predicted" in words and "percentiles of 77 bootstrap" in words
     assert "Model runs/made_up/model , 1 set, 12 images, 36 phrases." in words
     assert '"no_target_pixels": 7' in words
+
+
+def test_what_changed_on_a_rerun_is_that_of_the_results(small: Path, tmp_path: Path):
+    # `config.json` keeps what the evaluation began with.
+    write(tmp_path / "run", read_rows(small).to_pylist(), no_target_pixels=9)
+    (tmp_path / "run" / "config.json").write_text('{"no_target_pixels": 50}')
+    words = Page(build_report(tmp_path / "run")).words
+    assert "fewer than 9 pixels are predicted" in words and "than 50 pixels" not in words
+
+
+def test_pictures_reach_as_far_as_the_run(tmp_path: Path):
+    # Of the embedded data set there are as many images as were asked for.
+    place = 2050
+    example = ShapesSource("val", length=place + 1)[place]
+    rows = [
+        row_of("shapes/val", example.example_id, place, k, phrase, example.masks[k] > 0)
+        | prediction_columns(example.masks[k] > 0, example.masks[k] > 0)
+        for k, phrase in enumerate(example.phrases)
+    ]
+    write(tmp_path / "run", rows, images=place + 1)
+    page = Page(build_report(tmp_path / "run"))
+    assert page.count("img") == 2 * page.count("figure") > 0
