@@ -23,7 +23,7 @@ class EvaluationJob:
     Attributes:
       model: a model directory, or the directory of a training run.
       split: data sets and splits with "+" between them; see `splits.split_names`.
-      checkpoint: of a run: "newest", "best", or a step.
+      checkpoint: of a run: "newest", "best", or a step; of a model directory "newest".
       data: folder of the data sets, as in training.
       images: of each set, from its beginning; 0: all.
       batch_size: images that a device takes at a time.

@@ -58,12 +58,19 @@ def load_model(path: str, checkpoint: str = NEWEST, dtype: str = "float32") -> L
       dtype: of activations and matrix products, "float32" or "bfloat16".
 
     Raises:
-      UserError: there is no such model, it is damaged, or it has no tokenizer.
+      UserError: there is no such model, it is damaged, it has no tokenizer, or a checkpoint is asked
+        of a model directory, which has none.
     """
     directory = run_directory(path)
     if (directory / "config.json").exists() and not (directory / "manifest.json").exists():
         return _load_checkpoint(directory, checkpoint, dtype)
-    if not read_manifest(path).has_tokenizer:
+    manifest = read_manifest(path)
+    if checkpoint != NEWEST:
+        raise UserError(
+            f"config.checkpoint: expected {NEWEST} for a model directory such as {path}, which has "
+            f"one model, found {checkpoint!r}"
+        )
+    if not manifest.has_tokenizer:
         raise UserError(f"{path}: expected a model with a tokenizer, found one without")
     predictor = Predictor.load(path, dtype)
     assert predictor.tokenizer is not None, "the manifest says that there is one"

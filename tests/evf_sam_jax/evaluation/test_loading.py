@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.loading import load_model
+from evf_sam_jax.model_dir import Manifest, write_model_dir
 from tests.evf_sam_jax.test_checkpoints import make_state, save
+from tests.evf_sam_jax.tiny_experiment import MODEL
 
 
 @pytest.fixture
@@ -26,6 +29,18 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are(checkpoint: str, ru
     assert str(raised.value) == (
         f"config.checkpoint: expected newest, best or a step of {run}/checkpoints/stage (3, 5), "
         f"found {checkpoint!r}"
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "3", ""])
+def test_a_model_directory_has_no_checkpoints(checkpoint: str, tmp_path: Path):
+    directory = tmp_path / "model"
+    write_model_dir(directory, {"a": np.ones(1)}, Manifest("tiny", MODEL.to_dict()))
+    with pytest.raises(UserError) as raised:
+        load_model(str(directory), checkpoint)
+    assert str(raised.value) == (
+        f"config.checkpoint: expected newest for a model directory such as {directory}, which has "
+        f"one model, found {checkpoint!r}"
     )
 
 
