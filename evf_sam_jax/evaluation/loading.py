@@ -58,8 +58,8 @@ def load_model(path: str, checkpoint: str = NEWEST, dtype: str = "float32") -> L
       dtype: of activations and matrix products, "float32" or "bfloat16".
 
     Raises:
-      UserError: there is no such model, it is damaged, it has no tokenizer, or a checkpoint is asked
-        of a model directory, which has none.
+      UserError: there is no such model, it is damaged, it has no tokenizer, or a checkpoint is
+        asked of a model directory, which has none.
     """
     directory = run_directory(path)
     if (directory / "config.json").exists() and not (directory / "manifest.json").exists():

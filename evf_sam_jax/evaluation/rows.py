@@ -10,6 +10,7 @@ A shard appears whole or not at all, and says which groups of images it has (see
 import dataclasses
 import io
 import json
+import uuid
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -142,7 +143,7 @@ def write_shard(
     groups: Iterable[int],
     left_out: Sequence[LeftOut],
 ) -> None:
-    """Writes the next shard of a process.
+    """Writes the next shard of a process, under a name that no other job gives.
 
     Args:
       groups: whose rows these are; all of them.
@@ -153,7 +154,8 @@ def write_shard(
     table = pa.Table.from_pylist(list(map(vars, rows)), schema=schema())
     notes = {"groups": sorted(groups), "left_out": [dataclasses.asdict(one) for one in left_out]}
     table = table.replace_schema_metadata({_NOTES: json.dumps(notes).encode()})
-    _write(folder / f"{process:05}-{max(taken, default=-1) + 1:05}.parquet", table)
+    name = f"{process:05}-{max(taken, default=-1) + 1:05}-{uuid.uuid4().hex[:12]}.parquet"
+    _write(folder / name, table)
 
 
 def read_shards(workdir: epath.PathLike) -> Shards:
@@ -169,29 +171,33 @@ def read_shards(workdir: epath.PathLike) -> Shards:
             left_out += [LeftOut(**one) for one in notes["left_out"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, error) from error
-    return Shards(frozenset(groups), tuple(left_out), files)
+    return Shards(frozenset(groups), tuple(dict.fromkeys(left_out)), files)
 
 
 def merge_shards(shards: Shards) -> pa.Table:
-    """The rows of all shards, by set, image and phrase.
+    """The rows of all shards, by set, image and phrase; what two jobs both found is there once.
 
     Raises:
-      UserError: a phrase is there twice, as two jobs at once in a directory leave it.
+      UserError: a phrase has two results, as two jobs at once on unlike machines leave it.
     """
     keys = ["set", "image_index", "phrase_index"]
     tables = [_read_table(path) for path in shards.files] or [schema().empty_table()]
-    table = pa.concat_tables(tables).sort_by([(key, "ascending") for key in keys])
-    if table.group_by(keys).aggregate([]).num_rows != table.num_rows:
+    table = pa.concat_tables(tables)
+    phrases = table.group_by(keys).aggregate([]).num_rows
+    if phrases != table.num_rows:
+        table = table.group_by(columns()).aggregate([]).select(columns()).cast(schema())
+    if phrases != table.num_rows:
         folder = shards.files[0].parent
         raise UserError(
-            f"{folder}: expected each phrase once, found some twice, as of two jobs at once"
+            f"{folder}: expected one result for each phrase, found two for some, as two jobs at "
+            "once leave them; evaluate anew with another --workdir for each job"
         )
-    return table
+    return table.sort_by([(key, "ascending") for key in keys])
 
 
 def columns_of(table: pa.Table, set_name: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Some columns of a set's rows."""
-    own = table.filter(pa.array(table["set"].to_numpy() == set_name))
+    own = table.select(names).filter(pa.array(table["set"].to_numpy() == set_name))
     return {name: own[name].to_numpy() for name in names}
 
 

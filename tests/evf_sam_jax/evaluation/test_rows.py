@@ -13,6 +13,7 @@ from evf_sam_jax.evaluation.rows import (
     merge_shards,
     read_rows,
     read_shards,
+    schema,
     write_rows,
     write_shard,
 )
@@ -67,18 +68,42 @@ def test_what_a_kill_leaves_half_written_does_not_count(tmp_path: Path):
     assert read_shards(tmp_path).groups == {0}
 
 
-def test_a_phrase_twice_is_an_error(tmp_path: Path):
+def test_what_two_jobs_found_alike_is_there_once(tmp_path: Path):
+    left_out = LeftOut("refcoco/val", 3, "image 3", "expected an image, found none")
+    same = [row(0, predicted_iou=float("nan")), row(1)]
+    write_shard(tmp_path, 0, same[::-1], [0], [left_out])
+    write_shard(tmp_path, 1, [row(2), *same], [0, 1], [left_out])
+    shards = read_shards(tmp_path)
+    assert shards.left_out == (left_out,)
+    table = merge_shards(shards)
+    assert table.schema == schema()
+    assert table["image_index"].to_pylist() == [0, 1, 2]
+
+
+def test_two_results_for_a_phrase_name_the_remedy(tmp_path: Path):
     write_shard(tmp_path, 0, [row(0)], [0], [])
-    write_shard(tmp_path, 1, [row(0)], [0], [])
-    with pytest.raises(UserError, match="expected each phrase once, found some twice"):
+    write_shard(tmp_path, 1, [row(0, intersection=6)], [0], [])
+    with pytest.raises(UserError) as raised:
         merge_shards(read_shards(tmp_path))
+    assert str(raised.value) == (
+        f"{tmp_path}/predictions: expected one result for each phrase, found two for some, as two "
+        "jobs at once leave them; evaluate anew with another --workdir for each job"
+    )
+
+
+def test_two_jobs_never_give_a_shard_the_same_name(tmp_path: Path):
+    # Both see a directory without shards, as where they begin at once.
+    for folder in ("one", "other"):
+        write_shard(tmp_path / folder, 0, [row(0)], [0], [])
+    one, other = (next((tmp_path / f / "predictions").iterdir()) for f in ("one", "other"))
+    assert one.name != other.name and one.name[:12] == other.name[:12] == "00000-00000-"
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path):
     write_shard(tmp_path, 0, [row(0)], [0], [])
     (file,) = (tmp_path / "predictions").iterdir()
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match="00000-00000.parquet: expected rows of an evaluation"):
+    with pytest.raises(UserError, match=r"00000-00000-\w+.parquet: expected rows of an evaluation"):
         read_shards(tmp_path)
 
 
