@@ -9,6 +9,7 @@
 
 Every process evaluates its share of the images on its own devices, and all meet at the beginning
 and the end. Nothing in `results.json` depends on how many they are, or on when it was written.
+An image that cannot be read is left out, and tried again when the job is started again.
 """
 
 import dataclasses
@@ -70,6 +71,7 @@ def evaluate_sets(
     fingerprints = {"model": model.fingerprint, **{one.name: one.fingerprint for one in sets}}
     _together(lambda: _open_workdir(config, workdir, fingerprints), workdir)
     plan = make_plan(sets, model.tokenizer, config.batch_size, config.phrases)
+    _together(lambda: _try_again(sets, plan, workdir), workdir)
     done = rows_files.read_shards(workdir)
     # Nobody writes before all have read, so that all see the same.
     _meet("evaluation begins")
@@ -96,6 +98,31 @@ def _open_model(config: EvaluationJob) -> EvaluatedModel:
         config.masks,
         local[: config.devices or len(local)],
     )
+
+
+def _try_again(sets: Sequence[EvaluationSet], plan: Plan, workdir: epath.Path) -> None:
+    """Forgets the groups of images that could not be read before and now can."""
+    shards = rows_files.read_shards(workdir)
+    failed = {(one.set, one.image_index) for one in shards.left_out}
+    groups = [
+        group
+        for group in (plan.groups if failed else ())
+        if any(
+            (sets[image.set].name, image.image) in failed
+            and _can_be_read(sets[image.set], image.image, image.chosen[: group.shape.phrases])
+            for image in group.images
+        )
+    ]
+    images = {(sets[one.set].name, one.image) for group in groups for one in group.images}
+    rows_files.forget(shards, {group.number for group in groups}, images)
+
+
+def _can_be_read(one: EvaluationSet, image: int, chosen: Sequence[int]) -> bool:
+    try:
+        one.read(image, chosen)
+    except UserError:
+        return False
+    return True
 
 
 def _run(
@@ -175,6 +202,8 @@ def _finish(
             "under the same path"
         )
     table = rows_files.merge_shards(shards)
+    # Until it is there again, nothing here is finished.
+    (workdir / RESULTS).unlink(missing_ok=True)
     rows_files.write_rows(workdir, table)
     left_out = sorted((*plan.left_out, *shards.left_out), key=dataclasses.astuple)
     scores = {}

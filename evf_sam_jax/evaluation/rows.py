@@ -11,7 +11,8 @@ import dataclasses
 import io
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -164,14 +165,33 @@ def read_shards(workdir: epath.PathLike) -> Shards:
     groups: set[int] = set()
     left_out: list[LeftOut] = []
     for path in files:
-        try:
-            with path.open("rb") as file:
-                notes = json.loads(pyarrow.parquet.read_schema(file).metadata[_NOTES])
-            groups.update(notes["groups"])
-            left_out += [LeftOut(**one) for one in notes["left_out"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, error) from error
+        notes = _read_notes(path)
+        groups.update(notes["groups"])
+        left_out += [LeftOut(**one) for one in notes["left_out"]]
     return Shards(frozenset(groups), tuple(dict.fromkeys(left_out)), files)
+
+
+def forget(shards: Shards, groups: Set[int], images: Set[tuple[str, int]]) -> None:
+    """Takes groups out of the shards, so that they are evaluated anew.
+
+    Each file changes as a whole or not at all.
+
+    Args:
+      groups: their numbers.
+      images: all of theirs, as (set, place of the image in it).
+    """
+    for path in shards.files:
+        notes = _read_notes(path)
+        if groups.isdisjoint(notes["groups"]):
+            continue
+        table = _read_table(path)
+        places = zip(table["set"].to_pylist(), table["image_index"].to_pylist(), strict=True)
+        kept = table.filter(pa.array([place not in images for place in places], pa.bool_()))
+        left_out = [
+            one for one in notes["left_out"] if (one["set"], one["image_index"]) not in images
+        ]
+        notes = {"groups": sorted({*notes["groups"]} - groups), "left_out": left_out}
+        _write(path, kept.replace_schema_metadata({_NOTES: json.dumps(notes).encode()}))
 
 
 def merge_shards(shards: Shards) -> pa.Table:
@@ -199,6 +219,16 @@ def columns_of(table: pa.Table, set_name: str, names: Sequence[str]) -> dict[str
     """Some columns of a set's rows."""
     own = table.select(names).filter(pa.array(table["set"].to_numpy() == set_name))
     return {name: own[name].to_numpy() for name in names}
+
+
+def _read_notes(path: epath.Path) -> dict[str, list[Any]]:
+    """What a shard says of itself. Raises UserError if it is damaged."""
+    try:
+        with path.open("rb") as file:
+            notes = json.loads(pyarrow.parquet.read_schema(file).metadata[_NOTES])
+        return {"groups": [int(one) for one in notes["groups"]], "left_out": notes["left_out"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _read_table(path: epath.Path) -> pa.Table:

@@ -230,6 +230,24 @@ def test_wherever_a_job_stops_it_goes_on_to_the_same_results(tmp_path: Path):
     assert evaluate_sets(config, sets, model, workdir) == expected
 
 
+def test_an_image_that_is_there_again_is_evaluated_on_a_restart(tmp_path: Path):
+    images = made_images(12)
+    pixels = np.full((images[2].height, images[2].width, 3), 20, np.uint8)
+    present = [*images[:2], dataclasses.replace(images[2], pixels=pixels), *images[3:]]
+    model = RandomModel(devices=2)
+    config = job(batch_size=2, phrases=4)
+    whole = [made_set(tmp_path / "whole_data", present)]
+    expected = evaluate_sets(config, whole, model, tmp_path / "whole")
+    workdir = tmp_path / "evaluation"
+    without = evaluate_sets(config, [made_set(tmp_path / "data", images)], model, workdir)
+    assert len(without["left_out"]) == 1 and not expected["left_out"]
+    # The group of the image is computed again, and it alone.
+    model.encoded = 0
+    assert evaluate_sets(config, whole, model, workdir) == expected and model.encoded == 1
+    assert results_of(workdir) == results_of(tmp_path / "whole")
+    assert read_rows(workdir).equals(read_rows(tmp_path / "whole"))
+
+
 def test_masks_are_written_in_the_format_of_coco_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -10,6 +10,7 @@ from evf_sam_jax.evaluation.rows import (
     LeftOut,
     PhraseRow,
     columns,
+    forget,
     merge_shards,
     read_rows,
     read_shards,
@@ -55,6 +56,16 @@ def test_shards_of_all_processes_become_one_sorted_table(tmp_path: Path):
     table = read_rows(tmp_path)
     assert tuple(table.schema.names) == columns()
     assert [PhraseRow(**one) for one in table.to_pylist()] == [row(0), row(0, 1), row(1), row(2)]
+
+
+def test_groups_are_forgotten_with_their_rows_and_what_was_left_out(tmp_path: Path):
+    left_out = [LeftOut("refcoco/val", i, f"image {i}", "expected one, found none") for i in (3, 7)]
+    write_shard(tmp_path, 0, [row(2), row(4)], [0, 1], left_out)
+    write_shard(tmp_path, 0, [row(5)], [2], [])
+    forget(read_shards(tmp_path), {1}, {("refcoco/val", 3), ("refcoco/val", 4)})
+    shards = read_shards(tmp_path)
+    assert shards.groups == {0, 2} and shards.left_out == (left_out[1],)
+    assert merge_shards(shards)["image_index"].to_pylist() == [2, 5]
 
 
 def test_nothing_evaluated_is_a_table_without_rows(tmp_path: Path):
