@@ -14,6 +14,7 @@ An image that cannot be read is left out, and tried again when the job is starte
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -263,7 +264,21 @@ _SCORED = (
 
 
 def _coco_lines(table: Any) -> Iterator[str]:
-    """The predictions as a JSON list, an entry a phrase in COCO's format for results."""
+    """The predictions as a JSON list, an entry a phrase in COCO's format for results.
+
+    `image_id` is text, as in the rows, which pycocotools takes where the ground truth has the same.
+    `category_id` is the place of the category among those of its set in alphabetical order, from 1;
+    "", of phrases without one, is one of them. A score that is no number is null.
+    """
+    pairs = table.select(["set", "category"]).group_by(["set", "category"]).aggregate([])
+    names: dict[str, list[str]] = {}
+    for pair in pairs.to_pylist():
+        names.setdefault(pair["set"], []).append(pair["category"])
+    ids = {
+        (one, category): number
+        for one, categories in names.items()
+        for number, category in enumerate(sorted(categories), 1)
+    }
     yield "["
     separator = "\n"
     for batch in table.to_batches(max_chunksize=1000):
@@ -274,13 +289,14 @@ def _coco_lines(table: Any) -> Iterator[str]:
                 "phrase_index": row["phrase_index"],
                 "phrase": row["phrase"],
                 "category": row["category"],
-                "score": row["predicted_iou"],
+                "category_id": ids[row["set"], row["category"]],
+                "score": row["predicted_iou"] if math.isfinite(row["predicted_iou"]) else None,
                 "segmentation": {
                     "size": [row["height"], row["width"]],
                     "counts": row["prediction_rle"],
                 },
             }
-            yield separator + json.dumps(entry)
+            yield separator + json.dumps(entry, allow_nan=False)
             separator = ",\n"
     yield "\n]\n"
 

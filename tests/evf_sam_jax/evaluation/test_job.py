@@ -12,9 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import pycocotools.coco
+import pycocotools.cocoeval
 import pycocotools.mask
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -261,6 +264,40 @@ def test_masks_are_written_in_the_format_of_coco_on_request(
         assert (entry["image_id"], entry["phrase"]) == (row["image_id"], row["phrase"])
         assert entry["score"] == row["predicted_iou"] == 0.5
         assert pycocotools.mask.area(entry["segmentation"]) == row["predicted_pixels"]
+        # "" is the first of the categories.
+        assert entry["category_id"] == {"": 1, "top": 2}[row["category"]]
+    # The COCO tools score them: as truth, they are right.
+    truth = pycocotools.coco.COCO()
+    sizes = {row["image_id"]: {"height": row["height"], "width": row["width"]} for row in rows}
+    dataset: Any = {
+        "images": [{"id": name, **size} for name, size in sizes.items()],
+        "categories": [{"id": 1, "name": ""}, {"id": 2, "name": "top"}],
+        "annotations": [
+            {**entry, "id": i, "iscrowd": 0, "area": row["predicted_pixels"]}
+            for i, (entry, row) in enumerate(zip(entries, rows, strict=True), 1)
+            if row["predicted_pixels"]
+        ],
+    }
+    truth.dataset = dataset
+    truth.createIndex()
+    found = truth.loadRes(str(tmp_path / "evaluation" / "predictions.json"))
+    assert len(found.getAnnIds()) == len(entries)
+    scores = pycocotools.cocoeval.COCOeval(truth, found, "segm")
+    scores.evaluate()
+    matched = [one["dtMatches"][-1] for one in scores.evalImgs if one and one["aRng"][0] == 0]
+    assert sum((one > 0).sum() for one in matched) >= len(truth.getAnnIds())
+
+
+def test_a_score_that_is_no_number_is_null(tmp_path: Path):
+    class WithoutEstimate(RandomModel):
+        def decode(self, *arguments):
+            logits, iou = super().decode(*arguments)
+            return logits, iou * np.nan
+
+    sets = [made_set(tmp_path, made_images(1))]
+    evaluate_sets(job(coco_json=True), sets, WithoutEstimate(devices=1), tmp_path / "evaluation")
+    text = (tmp_path / "evaluation" / "predictions.json").read_text()
+    assert "NaN" not in text and {entry["score"] for entry in json.loads(text)} == {None}
 
 
 def test_rows_without_masks_count_the_same(tmp_path: Path):
