@@ -42,12 +42,12 @@ from data_pipelines import image_input, tokenizers
 from evf_sam_jax import export_loader, mask_geometry, model_dir
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models import attention, evf_sam
+from evf_sam_jax.models.config_checks import DTYPES
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
 from evf_sam_jax.output_directory import new_directory, require_absent
 from evf_sam_jax.predictor import PHRASE_BUCKETS, TILE, TOKEN_BUCKETS, check_parameters
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-DTYPES = ("float32", "bfloat16")
 
 PACKAGE = "evf_sam_export"  # of the loader, inside the export directory
 

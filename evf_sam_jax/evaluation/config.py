@@ -8,6 +8,7 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.splits import split_names
 from evf_sam_jax.evaluation.tables import PAPER
 from evf_sam_jax.models.config_checks import DTYPES
+from evf_sam_jax.predictor import NO_TARGET_PIXELS
 
 AUTO = "auto"
 # What may change where an evaluation goes on: no row depends on it. `config.json` keeps the values
@@ -56,7 +57,7 @@ class EvaluationJob:
     coco_json: bool = False
     ignore_unlabelled: bool = False
     semantic_prefix: bool = True
-    no_target_pixels: int = 50
+    no_target_pixels: int = NO_TARGET_PIXELS
     bootstrap_samples: int = 1000
     bootstrap_seed: int = 0
     paper: str = AUTO

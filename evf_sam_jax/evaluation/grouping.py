@@ -14,10 +14,10 @@ from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.rows import LeftOut
 from evf_sam_jax.evaluation.splits import EvaluationSet
+from evf_sam_jax.predictor import TOKEN_BUCKETS
 
-# A program is compiled once for each combination that images need.
+# A program is compiled once for each combination that images need, of these and `TOKEN_BUCKETS`.
 PHRASE_SIZES = (1, 2, 4, 8, 16, 32)
-TOKEN_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 # Sides of the squares of pixels that masks are counted in; a larger image takes several of the
 # largest, which holds any image of COCO.
 TILE_SIZES = (128, 256, 640)
@@ -152,7 +152,7 @@ def _planned(
     side = max(entry.height, entry.width)
     shape = Shape(
         tile=next((tile for tile in TILE_SIZES if side <= tile), TILE_SIZES[-1]),
-        tokens=min(_least(longest, TOKEN_SIZES), tokenizer.max_tokens),
+        tokens=min(_least(longest, TOKEN_BUCKETS), tokenizer.max_tokens),
         phrases=min(_least(len(chosen), PHRASE_SIZES), phrases),
     )
     return shape, PlannedImage(number, image, entry.height, entry.width, tuple(chosen)), left_out

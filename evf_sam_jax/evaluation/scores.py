@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from evf_sam_jax.metrics import EPSILON
+from evf_sam_jax.predictor import NO_TARGET_PIXELS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # Images drawn at a time, over all samples: what bounds the memory of the bootstrap.
@@ -114,7 +115,7 @@ class SetScores:
 def score_set(
     columns: Columns,
     *,
-    no_target_pixels: int = 50,
+    no_target_pixels: int = NO_TARGET_PIXELS,
     samples: int = 1000,
     seed: int = 0,
     by_category: bool = False,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from evf_sam_jax.evaluation.tables import FEWEST_IMAGES
+from evf_sam_jax.predictor import NO_TARGET_PIXELS
 from evf_sam_jax.report import breakdown
 from evf_sam_jax.report.breakdown import Group
 from evf_sam_jax.report.estimates import Bootstrap, Estimate, Ratio, estimate, permutation_p
@@ -13,7 +15,6 @@ from evf_sam_jax.report.evaluated_set import EvaluatedSet
 
 HISTOGRAM_BINS = 20
 PRECISIONS = (0.5, 0.7, 0.9)
-FEWEST_IMAGES = 10  # of which an interval is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Counting:
 
     resamples: int = 1000
     seed: int = 0
-    no_target_pixels: int = 50
+    no_target_pixels: int = NO_TARGET_PIXELS
 
 
 DEFAULT_COUNTING = Counting()

@@ -12,9 +12,9 @@ from importlib import resources
 from typing import Any
 
 from evf_sam_jax.evaluation.splits import PAPER_SETS
+from evf_sam_jax.evaluation.tables import FEWEST_IMAGES
 from evf_sam_jax.report import charts
 from evf_sam_jax.report.analysis import (
-    FEWEST_IMAGES,
     HISTOGRAM_BINS,
     Comparison,
     Counting,
