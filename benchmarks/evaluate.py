@@ -3,18 +3,22 @@
     python -m benchmarks.evaluate
 
 A model of random parameters that takes some tenths of a second a step goes through images of COCO's
-size on disk, by turns: its compiled calls alone, given one step's arrays again and again; and the
-loop of the job (reading, resizing, tokens, targets, rows with masks, shards). Then the calls alone
+size on disk, by turns: its compiled calls alone, given again and again one step's arrays, which are
+on the device before the clock starts; and the whole job after its model and sets are open (plan,
+reading, resizing, tokens, targets, rows with masks, shards, scores, files). Then the calls alone
 for one phrase of an image and for several, which are decoded but not encoded anew.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,17 +30,18 @@ from data_pipelines.segmentations import encode_mask
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.source import IndexedSource, LooseFiles, ReadingRules
 from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax.evaluation.config import EvaluationJob
 from evf_sam_jax.evaluation.count import EvaluatedModel
 from evf_sam_jax.evaluation.grouping import make_plan, steps
-from evf_sam_jax.evaluation.loop import evaluate_steps
+from evf_sam_jax.evaluation.job import evaluate_sets
 from evf_sam_jax.evaluation.reading import Reader, Round
-from evf_sam_jax.evaluation.rows import write_shard
 from evf_sam_jax.evaluation.splits import EvaluationSet
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params
 from evf_sam_jax.models.sam.config import SamConfig
 
 HEIGHT, WIDTH = 480, 640
+PHRASES = 8  # of an image that are decoded at a time
 WORDS = ("red", "green", "blue", "circle", "square", "left", "right", "large", "small")
 
 
@@ -67,7 +72,7 @@ def write_images(root: Path, images: int, phrases: int) -> EvaluationSet:
 
 
 def make_reader(model: EvaluatedModel, one: EvaluationSet, batch_size: int) -> Reader:
-    plan = make_plan([one], model.tokenizer, batch_size, phrases=8)
+    plan = make_plan([one], model.tokenizer, batch_size, phrases=PHRASES)
     return Reader(
         sets=(one,),
         steps=tuple(steps(plan.groups, model.devices)),
@@ -79,17 +84,50 @@ def make_reader(model: EvaluatedModel, one: EvaluationSet, batch_size: int) -> R
     )
 
 
-def calls(model: EvaluatedModel, rounds: list[Round]) -> None:
-    """All compiled calls of a step, waited for."""
+@dataclasses.dataclass(frozen=True)
+class OnDevice:
+    """A step's arrays on the device, where putting them again does nothing.
+
+    Attributes:
+      encoded: arguments of `EvaluatedModel.encode`.
+      encoder_image: of `decode`.
+      sizes: of `count`.
+      rounds: of each, the other arguments of `decode`, and of `count` for each square of pixels.
+    """
+
+    encoded: Any
+    encoder_image: Any
+    sizes: Any
+    rounds: tuple[tuple[Any, tuple[Any, ...]], ...]
+
+
+def put_on_device(model: EvaluatedModel, rounds: list[Round]) -> OnDevice:
     images = rounds[0].images
     assert images is not None
     encoder_image, sizes = model.put(images.encoder_image, images.sizes)
-    features = model.encode(images.sam_image, images.sizes[:, :2])
+    found = OnDevice(
+        encoded=model.put(images.sam_image, images.sizes[:, :2]),
+        encoder_image=encoder_image,
+        sizes=sizes,
+        rounds=tuple(
+            (
+                model.put(one.text_ids, one.text_valid),
+                tuple(model.put(*one.tile(n, images.ignore)) for n in range(one.tiles)),
+            )
+            for one in rounds
+        ),
+    )
+    jax.block_until_ready(dataclasses.astuple(found))
+    return found
+
+
+def calls(model: EvaluatedModel, step: OnDevice) -> None:
+    """All compiled calls of a step, waited for."""
+    features = model.encode(*step.encoded)
     found = []
-    for one in rounds:
-        logits, iou = model.decode(features, encoder_image, one.text_ids, one.text_valid)
-        tiles = [one.tile(number, images.ignore) for number in range(one.tiles)]
-        found.append((iou, [model.count(logits, sizes, *tile) for tile in tiles]))
+    for text, tiles in step.rounds:
+        logits, iou = model.decode(features, step.encoder_image, *text)
+        found.append((iou, [model.count(logits, step.sizes, *tile) for tile in tiles]))
     jax.block_until_ready(found)
 
 
@@ -103,21 +141,21 @@ def seconds_of(work: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - begin
 
 
-def calls_of_steps(model: EvaluatedModel, rounds: list[Round], number: int) -> None:
+def calls_of_steps(model: EvaluatedModel, step: OnDevice, number: int) -> None:
     for _ in range(number):
-        calls(model, rounds)
+        calls(model, step)
 
 
-def loop(model: EvaluatedModel, reader: Reader, workdir: Path) -> None:
-    """The loop of the job, a shard a step."""
-    for one in evaluate_steps(model, reader, threads=2):
-        numbers = [group.number for group in one.groups]
-        write_shard(workdir, 0, one.rows, numbers, one.left_out)
+def whole_job(model: EvaluatedModel, one: EvaluationSet, batch_size: int, workdir: Path) -> None:
+    """All that the job does with a model and a set; what it prints is not shown."""
+    config = EvaluationJob("random", "shapes/val", batch_size=batch_size, phrases=PHRASES)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluate_sets(config, [one], model, workdir)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--phrases", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
@@ -126,25 +164,27 @@ def main() -> None:
     tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.encoder.max_text_tokens)
     params = init_params(config, jax.random.key(0))
     model = EvaluatedModel(config, params, tokenizer, "random", masks=True)
-    alone, looped = [], []
+    alone, whole = [], []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "data").mkdir()
         one = write_images(root / "data", options.images, options.phrases)
         reader = make_reader(model, one, options.batch_size)
-        first = rounds_of_first_step(reader)
+        first = put_on_device(model, rounds_of_first_step(reader))
         calls(model, first)  # compiles
         for repeat in range(options.repeats):
             number = len(reader.steps)
             alone.append(seconds_of(calls_of_steps, model, first, number) / number)
-            looped.append(seconds_of(loop, model, reader, root / f"run{repeat}") / number)
+            job = seconds_of(whole_job, model, one, options.batch_size, root / f"run{repeat}")
+            whole.append(job / number)
         by_phrases = {}
         for phrases in (1, 8, 16, 32):
             (root / f"data{phrases}").mkdir()
             some = write_images(root / f"data{phrases}", options.batch_size, phrases)
-            rounds = rounds_of_first_step(make_reader(model, some, options.batch_size))
-            calls(model, rounds)
-            found = [seconds_of(calls, model, rounds) for _ in range(5)]
+            reader = make_reader(model, some, options.batch_size)
+            step = put_on_device(model, rounds_of_first_step(reader))
+            calls(model, step)
+            found = [seconds_of(calls, model, step) for _ in range(5)]
             by_phrases[phrases] = statistics.median(found)
     print(environment.describe())
     print(
@@ -152,11 +192,11 @@ def main() -> None:
         f"{options.batch_size} images a step, {options.repeats} times by turns\n"
     )
     print("| | median s a step | min | max |\n|---|---|---|---|")
-    for name, found in (("compiled calls alone", alone), ("the job's loop", looped)):
+    for name, found in (("compiled calls alone", alone), ("the whole job", whole)):
         print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
-    shares = [a / b for a, b in zip(alone, looped, strict=True)]
+    shares = [a / b for a, b in zip(alone, whole, strict=True)]
     print(
-        f"\ncompiled calls / wall time of the loop: median {statistics.median(shares):.1%} "
+        f"\ncompiled calls / wall time of the job: median {statistics.median(shares):.1%} "
         f"({min(shares):.1%} to {max(shares):.1%})\n"
     )
     print(f"| phrases of an image | s of {options.batch_size} images | beside one phrase |")
