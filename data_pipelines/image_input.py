@@ -5,8 +5,8 @@ Ported from hustvl/EVF-SAM inference.py:42-91,172-173 and
 model/segment_anything/utils/transforms.py:27-34,103-113 at 9935dc5. Both resizes are reproduced in
 NumPy and Pillow without torch.
 
-Only files of `FORMATS` are opened, by their content and not by their name. Of these Pillow reads the
-header first, so that what is too large is refused before it is decoded. Others it decodes while
+Only files of `FORMATS` are opened, by their content and not by their name. Of these Pillow reads
+the header first, so that what is too large is refused before it is decoded. Others it decodes while
 opening them (an ICO with a PNG inside) or passes to another program (EPS to Ghostscript).
 
 Differences: a side never shrinks below one pixel (the original fails there); the segmenter's image

@@ -27,6 +27,7 @@ from data_pipelines.dataset import Dataset
 from data_pipelines.image_input import FORMATS, read_size
 from data_pipelines.index import AnnotatedImage, Problem, Target
 from data_pipelines.segmentations import SegmentationError, encode_mask, encode_segmentation
+from data_pipelines.tokenizers import is_unicode
 from evf_sam_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -91,17 +92,27 @@ def _phrases(value: Any, where: str, key: str) -> tuple[str, ...]:
 
 
 def _worded(phrases: tuple[str, ...], where: str) -> tuple[tuple[str, ...], list[Problem]]:
-    """The phrases that have words, and a problem if one has none."""
-    kept = tuple(phrase for phrase in phrases if phrase.strip())
-    if kept and len(kept) == len(phrases):
-        return kept, []
-    return kept, [Problem(where, "expected words, found an empty phrase")]
+    """The phrases that have words, and a problem for each kind that has none."""
+    text = tuple(phrase for phrase in phrases if is_unicode(phrase))
+    kept = tuple(phrase for phrase in text if phrase.strip())
+    problems = []
+    if len(text) < len(phrases):
+        problems.append(Problem(where, "expected Unicode text, found half a character"))
+    if not phrases or len(kept) < len(text):
+        problems.append(Problem(where, "expected words, found an empty phrase"))
+    return kept, problems
 
 
 def _string(record: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(record[key], str):
         raise UserError(f"{where}: {key!r}: expected a string, found {str(record[key])[:40]!r}")
+    _check_unicode(record[key], key, where)
     return record[key]
+
+
+def _check_unicode(text: str, key: str, where: str) -> None:
+    if not is_unicode(text):
+        raise UserError(f"{where}: {key!r}: expected Unicode text, found {text[:40]!r}")
 
 
 def _parse_line(text: bytes, number: int, where: str) -> _Line:
@@ -128,6 +139,9 @@ def _parse_line(text: bytes, number: int, where: str) -> _Line:
         raise UserError(
             f"{where}: 'id': expected a string or a whole number, found {str(target_id)[:40]!r}"
         )
+    for key, value in (("id", target_id), ("mask", mask)):
+        if isinstance(value, str):
+            _check_unicode(value, key, where)
     return _Line(
         where,
         PurePosixPath(image).as_posix(),  # "./a.png" is "a.png"

@@ -11,8 +11,8 @@ A literal special token in a phrase (`"<mask> dog"`) becomes its id, as there: a
 what it saw in training. Spelling it out would guard nothing, since no id of this vocabulary is an
 instruction.
 
-Differences: an empty phrase and a phrase past the model's positions are refused; transformers
-passes both on.
+Differences: an empty phrase and a phrase past the model's positions are refused, which transformers
+passes on; so is half a surrogate pair.
 """
 
 import dataclasses
@@ -78,8 +78,14 @@ class Tokenizer:
         """The ids of one phrase, `<s>` and `</s>` included.
 
         Raises:
-          UserError: the phrase is empty, or longer than the model has positions for.
+          UserError: the phrase is empty, no Unicode text, or longer than the model has positions
+            for.
         """
+        if not is_unicode(text):
+            raise UserError(
+                f"the phrase {text[:40]!r} is no Unicode text: expected words, "
+                "found half a character"
+            )
         ids = [BOS_ID, *self._encode_text(text), EOS_ID]
         if len(ids) == 2:
             raise UserError(
@@ -115,6 +121,15 @@ class Tokenizer:
             elif part:
                 ids += [p + FAIRSEQ_OFFSET if p else UNK_ID for p in self._pieces.encode(part)]
         return ids
+
+
+def is_unicode(text: str) -> bool:
+    """False if a surrogate is left of a pair, which JSON's "\\ud800" can say and no text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_tokenizer(directory: str | os.PathLike, max_tokens: int = 1022) -> Tokenizer:

@@ -187,6 +187,7 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
         record(phrase=["words", ""]),
         record(phrase=[]),
         record(mask="icon.png"),
+        record(phrase=["red \ud800", "red"]),
     )
     index = JSONL.index(tmp_path, "train")
     whats = {
@@ -199,13 +200,14 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
         10: "expected words, found an empty phrase",
         11: "expected words, found an empty phrase",
         12: f"expected a mask as a PNG, found another {tmp_path}/icon.png",
+        13: "expected Unicode text, found half a character",
         7: "expected the image missing.png, found nothing there",
         8: f"{tmp_path}/text.png: expected an image file, "
         "found something else than PNG, JPEG, WebP, BMP, GIF or TIFF",
     }
     assert index.problems() == [Problem(f"{path}:{n}", what) for n, what in whats.items()]
-    assert [t.target_id for t in index.annotated(0).targets] == ["1", "10"]
-    assert index.annotated(0).targets[1].phrases == ("words",)
+    assert [t.target_id for t in index.annotated(0).targets] == ["1", "10", "13"]
+    assert [t.phrases for t in index.annotated(0).targets[1:]] == [("words",), ("red",)]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,9 @@ def test_what_is_wrong_with_one_annotation_is_a_problem_with_its_line(tmp_path: 
         (record(phrase=["a", 1]), "'phrase': expected a string or a list of strings, found"),
         (record(mask=None), "'mask': expected polygons, run lengths or the path of a PNG, found"),
         (record(id=[1]), "'id': expected a string or a whole number, found '[1]'"),
+        (record(image="\ud800.png"), "'image': expected Unicode text, found '\\ud800.png'"),
+        (record(mask="\ud800.png"), "'mask': expected Unicode text, found '\\ud800.png'"),
+        (record(id="\ud800"), "'id': expected Unicode text, found '\\ud800'"),
         (record(category=5), "'category': expected a string, found '5'"),
         (record(id=1), "expected each id once (a line without has its number), found '1' as in "),
     ],
@@ -303,9 +308,11 @@ def test_bad_coco_annotations_are_problems(tmp_path: Path):
         annotation(1, phrase="good"),
         annotation(2, [1, 2, 3, 4], phrase="bad"),
         annotation(3, phrase=""),
+        annotation(4, phrase="red \ud800"),
     ]
     path = write_coco(tmp_path, annotations)
     assert COCO.index(tmp_path, "train").problems() == [
         Problem(f"{path}: annotation 2", "expected a polygon of at least 3 points, found 2"),
         Problem(f"{path}: annotation 3", "expected words, found an empty phrase"),
+        Problem(f"{path}: annotation 4", "expected Unicode text, found half a character"),
     ]

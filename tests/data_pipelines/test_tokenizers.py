@@ -76,6 +76,12 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tokenizer: Tokenizer):
     assert copy.encode("[semantic] zebra") == tokenizer.encode("[semantic] zebra")
 
 
+@pytest.mark.parametrize("text", ["red \ud800", "\udc00", "[semantic] a\udfffb"])
+def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer, text: str):
+    with pytest.raises(UserError, match="is no Unicode text: expected words, found half a char"):
+        tokenizer.encode(text)
+
+
 def test_padding_goes_to_the_right():
     ids, valid = pad_token_ids([[0, 7, 2], [0, 2]], 4)
     np.testing.assert_array_equal(ids, np.array([[0, 7, 2, 1], [0, 2, 1, 1]], np.int32))

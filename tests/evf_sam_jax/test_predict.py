@@ -135,6 +135,8 @@ def test_jobs_of_points_and_boxes_and_those_that_fail(
         '{"image": "a.png", "points": [[3, NaN, 1]]}',
         '{"image": "a.png", "box": [0, 0, 1, 1' + "0" * 400 + "]}",
         '{"image": "a.png", "text_ids": [[5, 2]], "box": [1, 2, 60, 4]}',
+        '{"image": "a.png", "text": "red \\ud800"}',
+        '{"image": "\\ud800.png", "text": "it"}',
     )
     image = image_file(tmp_path / "jobs" / "a.png")
     outcome = predict_files(Request(directory, tmp_path / "out", jobs=jobs))
@@ -145,6 +147,9 @@ def test_jobs_of_points_and_boxes_and_those_that_fail(
         f"{jobs}:4: {missing}: expected an image file, found nothing there",
         f"{jobs}:5: points: expected finite numbers, found nan in prompt 0",
         f"{jobs}:6: boxes: expected an array of numbers [any, 4]",
+        f"{jobs}:8: the phrase 'red \\ud800' is no Unicode text: expected words, "
+        "found half a character",
+        f"{jobs}:9: {tmp_path / 'jobs'}/\ud800.png: expected an image file, found nothing there",
     )
     data = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [entry["file_name"] for entry in data["images"]] == [str(image)]

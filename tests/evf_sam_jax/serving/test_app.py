@@ -188,6 +188,7 @@ BAD_JSON: dict[str, tuple[dict[str, Any], str]] = {
     "phrase alone": ({"texts": "round"}, "texts: expected a list, found text"),
     "phrase as number": ({"texts": [3]}, "texts: expected phrases, found a number"),
     "empty phrase": ({"texts": [" "]}, "texts: expected phrases, found an empty one"),
+    "half a surrogate": ({"texts": ["red \ud800"]}, "the phrase 'red \\ud800' is no Unicode text"),
     "long phrase": ({"texts": ["a" * 101]}, "texts: expected phrases of at most 100 characters"),
     "many phrases": ({"texts": ["a"] * 10_000}, "texts: expected at most 8, found 10000"),
     "many values": ({"texts": ["a"] * 30_000}, "expected at most 20000 values in a request"),
@@ -207,7 +208,9 @@ BAD_JSON: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_json_is_refused_in_a_sentence(client, case: str):
     fields, sentence = BAD_JSON[case]
     image = base64.b64encode(png(IMAGE)).decode()
-    answer = client.post("/predict", json={"image": image, **fields})
+    # Escaped: httpx itself refuses what is no Unicode.
+    body = json.dumps({"image": image, **fields}).encode("ascii")
+    answer = client.post("/predict", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"].startswith(sentence)
 
