@@ -4,8 +4,8 @@
     python -m evf_sam_jax.predict --model DIR --image photos --image 'more/*.png' --text cat --out o
     python -m evf_sam_jax.predict --model DIR --jobs jobs.jsonl --out out
 
-Of one image, its files are in the output directory itself; of more, each has a directory of its own
-and `predictions.json` has all of them. Exit code 0: all is there; 1: some images could not be
+Of one image, its files are in the output directory itself; of more, each has a directory of its
+own. `predictions.json` has all masks. Exit code 0: all is there; 1: some images could not be
 predicted, which are listed; 2: none, and there is no output directory.
 """
 
@@ -129,6 +129,7 @@ def predict_files(request: Request) -> Outcome:
         predicted.
     """
     jobs, alone = read_request(request)
+    results = CocoResults()
     try:
         with new_directory(request.out, name="--out") as directory:
             if alone:  # before the model, which takes longer
@@ -140,9 +141,11 @@ def predict_files(request: Request) -> Outcome:
                 [decoded] = predictor.decode([prepared])
                 names = jobs[0].names
                 masks = list(write_masks(predictor, decoded, pixels, names, directory))
+                results.add(jobs[0].image, decoded.image.size, masks)
                 lines, failures = [mask.line for mask in masks], []
             else:
-                lines, failures = _predict_many(predictor, jobs, request, directory)
+                lines, failures = _predict_many(predictor, jobs, request, directory, results)
+            (directory / "predictions.json").write_text(json.dumps(results.to_dict()))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"--out: cannot write {request.out}: {reason}") from None
@@ -154,10 +157,10 @@ def _predict_many(
     jobs: Sequence[FileJob],
     request: Request,
     directory: Path,
+    results: "CocoResults",
 ) -> tuple[list[str], list[str]]:
     lines: list[str] = []
     failures: list[str] = []
-    results = CocoResults()
     folders: set[str] = set()
     with tqdm(total=len(jobs), desc="predicting", unit="image", disable=None) as progress:
         ready = _prepared(predictor, jobs, request, failures, progress.update)
@@ -176,7 +179,6 @@ def _predict_many(
     if not results.images:
         words = f"none of {len(jobs)} images could be predicted: " if len(jobs) > 1 else ""
         raise UserError(words + failures[0])
-    (directory / "predictions.json").write_text(json.dumps(results.to_dict()))
     return lines, failures
 
 

@@ -79,30 +79,37 @@ def with_prefix(job: FileJob, prefix: str) -> FileJob:
 def image_files(names: Sequence[str]) -> list[Path]:
     """Returns the image files that are named: by a path, a folder, or a pattern such as "*.jpg".
 
-    Of a folder, files whose ending is that of an image that can be read, by name; its folders are not looked into.
-    Each file is returned once.
+    Of a folder, files whose ending is that of an image that can be read, by name; its folders are
+    not looked into. Each file is returned once.
 
     Raises:
-      UserError: a folder has no images, or nothing matches a pattern.
+      UserError: a folder has no images or cannot be read, or nothing matches a pattern.
     """
     read = (*FORMATS, "MPO")
     endings = [end for end, kind in Image.registered_extensions().items() if kind in read]
     files: list[Path] = []
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = [f for f in sorted(path.iterdir()) if f.suffix.lower() in endings]
-            if not found:
-                raise UserError(f"--image: expected images in the folder {name}, found none")
-        elif not path.exists() and glob.has_magic(name):
-            found = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-            found = [match for match in found if not match.is_dir()]
-            if not found:
-                raise UserError(f"--image: expected files that match {name!r}, found none")
-        else:
-            found = [path]
-        files += found
+        try:
+            files += _named_files(name, endings)
+        except OSError as error:
+            raise UserError(f"--image: cannot read {name[:80]}: {error.strerror}") from None
     return list(dict.fromkeys(files))
+
+
+def _named_files(name: str, endings: Sequence[str]) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        found = [f for f in sorted(path.iterdir()) if f.suffix.lower() in endings]
+        if not found:
+            raise UserError(f"--image: expected images in the folder {name}, found none")
+        return found
+    if not path.exists() and glob.has_magic(name):
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        found = [match for match in matches if not match.is_dir()]
+        if not found:
+            raise UserError(f"--image: expected files that match {name!r}, found none")
+        return found
+    return [path]
 
 
 def read_jobs(path: str | os.PathLike) -> list[FileJob]:

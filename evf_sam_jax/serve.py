@@ -42,7 +42,11 @@ def define_flags() -> None:
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen to; 0.0.0.0 is all.")
     flags.DEFINE_integer("port", 7860, "The port to listen to; 0 takes a free one.", 0, 65535)
     flags.DEFINE_boolean("page", True, "Whether / is a page for people.")
-    flags.DEFINE_boolean("warm_up", True, "Whether to compile before listening.")
+    flags.DEFINE_boolean(
+        "warm_up",
+        True,
+        "Whether to compile for short phrases, points and boxes before the first answer.",
+    )
     flags.DEFINE_integer("max_requests", 32, "The most requests at a time; others get a 429.", 1)
     flags.DEFINE_integer("max_images", 4, "The most different images of a batch.", 1)
     flags.DEFINE_integer("max_upload_mb", 16, "The largest image file, in MiB.", 1)

@@ -5,7 +5,8 @@
 The masks (`published_masks.json`) were recovered from the pictures `*_vis.png` in hustvl/EVF-SAM at
 9935dc5, folder `assets`, where the photographs are too; those are not part of this package. Which
 checkpoint made them is not stated there, so a model that does not match may still be a right
-conversion of another one. Exit code 0: all five match; 1: they do not; 2: none could be compared.
+conversion of another one. Exit code 0: all five match; 1: they do not; 2: not all could be
+compared.
 """
 
 import dataclasses

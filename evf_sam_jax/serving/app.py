@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import hashlib
 import io
+import math
 import os
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
@@ -198,7 +199,8 @@ def describe(found: Found, question: Asked) -> dict[str, Any]:
         content = {
             "segmentation": {"size": list(found.size), "counts": mask.counts.decode("ascii")},
             "area": mask.area,
-            "predicted_iou": mask.predicted_iou,
+            # JSON has no NaN.
+            "predicted_iou": mask.predicted_iou if math.isfinite(mask.predicted_iou) else None,
             "no_target": mask.no_target,
         }
         if question.png:

@@ -280,7 +280,7 @@ const evfSam = (() => {
     const facts = document.createElement("span");
     facts.className = "evf-facts";
     facts.textContent = (mask.no_target ? "nothing found; " : "") +
-      `${mask.area.toLocaleString("en")} pixels (${share} %), IoU ${mask.predicted_iou.toFixed(2)}`;
+      `${mask.area.toLocaleString("en")} pixels (${share} %), IoU ${mask.predicted_iou?.toFixed(2) ?? "–"}`;
     const link = document.createElement("a");
     link.href = `data:image/png;base64,${mask.png}`;
     link.download = `mask_${i}.png`;

@@ -171,7 +171,7 @@ def test_several_masks_a_prompt(
     request = Request(directory, tmp_path / "out", (str(image),), texts=texts, multimask=True)
     outcome = predict_files(request)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["0_it_0.png", "0_it_1.png", "0_it_2.png", "overlay.png"]
+    assert files == ["0_it_0.png", "0_it_1.png", "0_it_2.png", "overlay.png", "predictions.json"]
     expected = predictor.predict(image_input.read_image(image), texts=texts, multimask=True)
     for i, line in enumerate(outcome.lines):
         assert f"IoU {expected.iou[0, i]:.3f}, vermilion, {files[i]}" in line
@@ -235,6 +235,7 @@ BAD_INPUT: dict[str, tuple[Case, str]] = {
         lambda d, t: {"model": edited(d, t / "model", format_version=99)},
         "expected format_version 1, found 99",
     ),
+    "long name": (lambda d, t: {"images": "a" * 300}, "--image: cannot read aaaa"),
     "empty folder": (lambda d, t: {"images": made(t / "empty")}, "expected images in the folder"),
     "pattern without files": (lambda d, t: {"images": t / "*.bmp"}, "*.bmp', found none"),
     "only bad files": (
@@ -360,9 +361,11 @@ def test_the_command_predicts_a_turned_photograph_upright(
     result = command(*paths, *flags)
     assert (result.returncode, result.stderr) == (0, "")
     assert "'the red circle': " in result.stdout and "the square, on the left" in result.stdout
-    files = sorted((tmp_path / "out").iterdir())
+    *files, found = sorted((tmp_path / "out").iterdir())
     names = ["0_the_red_circle.png", "1_the_square_on_the_left.png", "overlay.png"]
     assert [file.name for file in files] == names
+    annotations = json.loads(found.read_text())["annotations"]
+    assert [entry["file"] for entry in annotations] == names[:2]
     for path in files:
         with Image.open(path) as file:
             assert file.size == (40, 60)
