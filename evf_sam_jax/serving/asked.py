@@ -71,6 +71,7 @@ class Asked:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Asked)) + ("semantic",)
 _LISTS = ("text_ids", "points", "point_labels", "boxes")
+_NUMBERS = ("points", "point_labels", "boxes")
 _FLAGS = ("multimask", "png", "semantic")
 
 
@@ -160,6 +161,8 @@ def _asked(values: Mapping[str, Any], limits: Limits) -> Asked:
             raise UserError(f"{name}: expected a list, found {_kind(value)}")
         if value is not None and len(value) > limits.prompts:
             raise UserError(f"{name}: expected at most {limits.prompts}, found {len(value)}")
+    for name in _NUMBERS:
+        _check_numbers(name, values.get(name))
     prefix = SEMANTIC_PREFIX if values.get("semantic") else ""
     texts, text_ids = values.get("texts"), values.get("text_ids")
     return Asked(
@@ -185,6 +188,17 @@ def _phrase(value: Any, limits: Limits) -> str:
             f"found one of {len(value)}"
         )
     return value
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuses what NumPy would take for a number: text such as "3", true and false, nothing."""
+    waiting = [] if value is None else [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list):
+            waiting += one
+        elif type(one) not in (int, float):
+            raise UserError(f"{name}: expected an array of numbers, found {_kind(one)} in it")
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -33,8 +33,9 @@ import httpx
 from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax.serve import make_application
 from evf_sam_jax.serving import body_limit
-from evf_sam_jax.serving.asked import Limits
-from evf_sam_jax.serving.batcher import Batcher, Batching
+from evf_sam_jax.serving.app import describe
+from evf_sam_jax.serving.asked import Asked, Limits
+from evf_sam_jax.serving.batcher import Batcher, Batching, Found, FoundMask
 
 IMAGE = picture(40, 60, seed=1)
 LIMITS = Limits(upload_bytes=200_000, pixels=1_000_000, prompts=8, characters=100)
@@ -143,6 +144,13 @@ def test_one_mask_as_png(client, predictor: Predictor):
     )
 
 
+def test_an_iou_that_is_no_number_is_null():
+    mask = FoundMask(segmentations.encode_mask(np.ones((2, 3), bool)), 6, float("nan"), False)
+    described = describe(Found((2, 3), ((mask,),)), Asked(b""))
+    assert described["prompts"][0]["masks"][0]["predicted_iou"] is None
+    json.dumps(described, allow_nan=False)
+
+
 def test_categories_have_their_prefix(client, predictor: Predictor):
     answer = post_json(client, texts=["circle"], semantic=True)
     assert answer.json()["prompts"][0]["text"] == "[semantic] circle"
@@ -198,6 +206,15 @@ BAD_JSON: dict[str, tuple[dict[str, Any], str]] = {
     "flag as text": ({**ROUND, "png": "yes"}, "png: expected true or false, found text"),
     "box outside": ({"boxes": [[0, 0, 61, 9]]}, "boxes: expected x0 < x1 and y0 < y1 inside"),
     "box of words": ({"boxes": [["a", "b", "c", "d"]]}, "boxes: expected an array of numbers"),
+    "number as text": ({"boxes": [["0", 0, 9, 9]]}, "boxes: expected an array of numbers, found t"),
+    "number as flag": (
+        {"points": [[[6, 0]]], "point_labels": [[True]]},
+        "point_labels: expected an array of numbers, found true or false in it",
+    ),
+    "no number": (
+        {"points": [[[6, None]]], "point_labels": [[1]]},
+        "points: expected an array of numbers, found nothing in it",
+    ),
     "point outside": ({"points": [[[60, 0]]], "point_labels": [[1]]}, "points: expected pixels"),
     "points alone": ({"points": [[[6, 0]]]}, "expected points and point_labels together"),
     "deep box": ({"boxes": [[[[[[0]]]]]]}, "boxes: expected numbers [any, 4], found shape"),
