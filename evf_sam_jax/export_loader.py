@@ -29,6 +29,7 @@ from evf_sam_jax.errors import UserError
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
+FUNCTIONS = ("encode_image", "decode_phrases", "resample_tile")
 WEIGHTS = "weights.safetensors"
 
 
@@ -75,7 +76,7 @@ class ExportedModel:
         manifest = read_manifest(directory)
         functions = {
             name: _load_function(directory / entry["file"], entry["parameters"])
-            for name, entry in manifest["functions"].items()
+            for name, entry in ((name, manifest["functions"][name]) for name in FUNCTIONS)
         }
         tokenizer = tokenizers.load_tokenizer(directory, manifest["max_text_tokens"])
         return cls(manifest, _load_weights(directory / WEIGHTS), functions, tokenizer)
@@ -168,7 +169,8 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     """Reads what an export directory holds.
 
     Raises:
-      UserError: it is no export directory, or one of another format version.
+      UserError: it is no export directory, one of another format version, or something is missing
+        in its manifest.
     """
     file = Path(directory) / MANIFEST
     try:
@@ -180,7 +182,41 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any]:
     version = manifest.get("export_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: expected export_version {FORMAT_VERSION}, found {version!r}")
+    for path, expected in _NEEDED.items():
+        value: Any = manifest
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not expected(value):
+            raise UserError(f"{file}: {'/'.join(path)} is missing or damaged: export again")
     return manifest
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_size, value))
+
+
+def _is_function(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("file"), str)
+        and isinstance(value.get("parameters"), list)
+    )
+
+
+# What `ExportedModel` takes from a manifest, and what each must be.
+_NEEDED: Mapping[tuple[str, ...], Callable[[Any], bool]] = {
+    **{("functions", name): _is_function for name in FUNCTIONS},
+    ("preprocessing", "segmenter", "frame"): _is_size,
+    ("preprocessing", "encoder", "size"): _is_size,
+    ("max_text_tokens",): _is_size,
+    ("phrase_buckets",): _are_sizes,
+    ("token_buckets",): _are_sizes,
+    ("tile",): _is_size,
+}
 
 
 def _load_function(file: Path, parameters: Sequence[str]) -> Callable[..., Any]:

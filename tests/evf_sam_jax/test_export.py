@@ -272,6 +272,18 @@ BAD_LOADS: dict[str, tuple[Callable[[pathlib.Path, pathlib.Path], pathlib.Path],
         lambda e, t: edited(e, t / "e", export_version=99),
         "expected export_version 1, found 99",
     ),
+    "manifest without functions": (
+        lambda e, t: edited(e, t / "e", functions={}),
+        "manifest.json: functions/encode_image is missing or damaged: export again",
+    ),
+    "manifest with an odd preprocessing": (
+        lambda e, t: edited(e, t / "e", preprocessing=[]),
+        "manifest.json: preprocessing/segmenter/frame is missing or damaged",
+    ),
+    "manifest with odd buckets": (
+        lambda e, t: edited(e, t / "e", phrase_buckets=["4"]),
+        "manifest.json: phrase_buckets is missing or damaged",
+    ),
     "broken manifest": (
         lambda e, t: damaged(e, t / "e", "manifest.json"),
         "expected JSON, found something else",
