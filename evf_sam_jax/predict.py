@@ -267,19 +267,6 @@ def write_masks(
     Image.fromarray(picture).save(directory / "overlay.png")
 
 
-def write_prediction(
-    predictor: Predictor,
-    image: UInt8[np.ndarray, "h w 3"],
-    phrases: Sequence[str],
-    ids: Sequence[Sequence[int]],
-    directory: Path,
-) -> Iterator[str]:
-    """Predicts phrases and writes them as `write_masks` does; yields a line of text a phrase."""
-    [decoded] = predictor.decode([Job(image, text_ids=ids)])
-    for mask in write_masks(predictor, decoded, image, phrases, directory):
-        yield mask.line
-
-
 def _mask_file(
     name: str,
     mask: Bool[np.ndarray, "h w"],

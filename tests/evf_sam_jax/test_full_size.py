@@ -24,7 +24,7 @@ from evf_sam_jax.export_loader import ExportedModel
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.sam import image_encoder
-from evf_sam_jax.predict import write_prediction
+from evf_sam_jax.predict import write_masks
 from evf_sam_jax.predictor import Job, Predictor
 from tests import golden_checkpoint
 
@@ -174,11 +174,11 @@ def test_a_real_photograph(predictor: Predictor, tmp_path: Path) -> None:
     image = image_input.read_image(photograph)
     assert image.shape == (512, 512, 3)
     ids = [phrase(0), phrase(1)]
-    lines = write_prediction(predictor, image, ["one", "two"], ids, tmp_path)
-    assert len(list(map(print, lines))) == 2
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["0_one.png", "1_two.png", "overlay.png"]
     encoded = predictor.encode(image)
     [decoded] = predictor.decode([Job(encoded, text_ids=ids)])
+    masks = write_masks(predictor, decoded, image, ["one", "two"], tmp_path)
+    assert len([print(mask.line) for mask in masks]) == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0_one.png", "1_two.png", "overlay.png"]
     mask = image_input.read_image(tmp_path / "0_one.png")[..., 0] == 255
     logits = predictor.upsample(encoded, decoded.low_res_logits[0, 0])
     np.testing.assert_array_equal(mask, logits > 0)

@@ -17,7 +17,7 @@ from pycocotools import coco
 from data_pipelines import image_input
 from evf_sam_jax import predict, visualize
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.predict import Request, predict_files, write_prediction
+from evf_sam_jax.predict import Request, predict_files
 from evf_sam_jax.predictor import Predictor
 from tests.evf_sam_jax.tiny_model import edited, picture, write_tiny_model
 
@@ -42,31 +42,33 @@ def image_file(path: pathlib.Path, height: int = 40, width: int = 60) -> pathlib
     return path
 
 
-def test_pictures_and_lines_of_each_phrase(predictor: Predictor, tmp_path: pathlib.Path):
-    texts = ["the red circle", "../../etc/passwd\n\x1b[2J", "圆", "the red circle"]
-    ids = predictor.token_ids(texts)
-    lines = list(write_prediction(predictor, picture(40, 60), texts, ids, tmp_path))
-    files = sorted(path.name for path in tmp_path.iterdir())
+def test_pictures_and_lines_of_each_phrase(
+    directory: pathlib.Path, predictor: Predictor, tmp_path: pathlib.Path
+):
+    texts = ("the red circle", "../../etc/passwd\n\x1b[2J", "圆", "the red circle")
+    image, out = image_file(tmp_path / "image.png"), tmp_path / "out"
+    lines = predict_files(Request(directory, out, (str(image),), texts=texts)).lines
+    files = sorted(path.name for path in out.iterdir())
     assert files == [
         "0_the_red_circle.png",
         "1_etc_passwd_2j.png",
         "2_phrase.png",
         "3_the_red_circle.png",
         "overlay.png",
+        "predictions.json",
     ]
     expected = predictor.predict(picture(40, 60), texts=texts)
     colors = list(visualize.COLORS)
     overlay = picture(40, 60)
+    assert len(lines) == len(texts)
     for number, line in enumerate(lines):
         mask = expected.masks[number]
-        with Image.open(tmp_path / files[number]) as file:
-            np.testing.assert_array_equal(np.asarray(file), mask * np.uint8(255))
+        np.testing.assert_array_equal(png(out / files[number]), mask * np.uint8(255))
         assert line.startswith(repr(texts[number])) and line.isprintable()
         assert f" {mask.sum()} pixels ({mask.mean():.1%})" in line
         assert f"IoU {expected.iou[number]:.3f}, {colors[number]}, {files[number]}" in line
         overlay = visualize.overlay(overlay, mask, visualize.COLORS[colors[number]])
-    with Image.open(tmp_path / "overlay.png") as file:
-        np.testing.assert_array_equal(np.asarray(file), overlay)
+    np.testing.assert_array_equal(png(out / "overlay.png"), overlay)
 
 
 def png(path: pathlib.Path) -> np.ndarray:
