@@ -5,6 +5,8 @@
 Images and masks stay in memory: nothing that is sent is written to disk but what a form's parser
 spools into a file without a name. It listens to this machine alone unless `--host` says otherwise,
 knows no users and no encryption: before it is offered to a network, put a proxy that does in front.
+A request counts among `--max_requests` from its first byte, so as many clients that send slowly
+keep others out, each for a minute at most: let the proxy read whole requests before it passes them.
 """
 
 import contextlib
