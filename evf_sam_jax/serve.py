@@ -47,7 +47,8 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "warm_up",
         True,
-        "Whether to compile for short phrases, points and boxes before the first answer.",
+        "Whether to compile before the first answer what phrases of up to 16 tokens need and, with "
+        "--page, a box or a point; the rest is compiled when it is first asked.",
     )
     flags.DEFINE_integer("max_requests", 32, "The most requests at a time; others get a 429.", 1)
     flags.DEFINE_integer("max_images", 4, "The most different images of a batch.", 1)
