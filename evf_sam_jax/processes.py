@@ -19,12 +19,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from evf_sam_jax.errors import UserError
+
+T = TypeVar("T")
 
 # What `jax.distributed.initialize` calls each; Kubernetes has no name there, so jax looks itself.
 _JAX_NAMES = {"SLURM": "slurm", "TPU pod": "gketpu", "Kubernetes": None, "Open MPI": "ompi"}
@@ -180,6 +185,33 @@ def joined(cluster: Cluster | None, timeout: int) -> Iterator[None]:
     finally:
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
+
+
+def on_first_process(work: Callable[[], T], workdir: os.PathLike[str] | str) -> T | None:
+    """What process 0 does for all; the others wait for it, and stop where it cannot.
+
+    Args:
+      workdir: the run's directory, for the sentence of the others.
+
+    Returns:
+      On process 0 what the work gives, elsewhere None.
+
+    Raises:
+      UserError: `work` raised it, on process 0 as it is.
+    """
+    result, problem = None, ""
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+    if jax.process_count() > 1:
+        failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
+        if failed and not problem:
+            problem = f"--workdir {workdir}: process 0 cannot use it and says why"
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def _detect(environ: Mapping[str, str]) -> Cluster | None:

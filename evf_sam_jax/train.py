@@ -39,6 +39,7 @@ from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.param_rules import Params, match_rules, merge
 from evf_sam_jax.predictor import Predictor
 from evf_sam_jax.preemption import Preempted, PreemptionNotice
+from evf_sam_jax.processes import on_first_process
 from evf_sam_jax.progress import STEPS_AHEAD, NotFinite, Progress
 from evf_sam_jax.replay import save_failure
 from evf_sam_jax.run_log import (
@@ -237,26 +238,17 @@ def _open_workdir(
     Returns:
       What has changed of the mesh since.
     """
-    notes: list[str] = []
-    problem = ""
-    if jax.process_index() == 0:
-        try:
-            fingerprints = data.fingerprints()
-            if workdir.is_dir() and run_files(workdir):
-                notes = resume_workdir(workdir, config, fingerprints)
-            else:
-                if not is_remote(workdir):
-                    require_space(workdir / "model", _bytes_on_disk(config, stages))
-                make_workdir(workdir, config, fingerprints)
-        except UserError as error:
-            problem = str(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
-        if failed and not problem:
-            problem = f"--workdir {workdir}: process 0 cannot use it and says why"
-    if problem:
-        raise UserError(problem)
-    return notes
+
+    def opened() -> list[str]:
+        fingerprints = data.fingerprints()
+        if workdir.is_dir() and run_files(workdir):
+            return resume_workdir(workdir, config, fingerprints)
+        if not is_remote(workdir):
+            require_space(workdir / "model", _bytes_on_disk(config, stages))
+        make_workdir(workdir, config, fingerprints)
+        return []
+
+    return on_first_process(opened, workdir) or []
 
 
 @contextlib.contextmanager

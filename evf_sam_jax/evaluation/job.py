@@ -13,6 +13,7 @@ An image that cannot be read is left out, and tried again when the job is starte
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -20,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -36,6 +36,7 @@ from evf_sam_jax.evaluation.reading import Reader
 from evf_sam_jax.evaluation.rows import LeftOut, PhraseRow
 from evf_sam_jax.evaluation.scores import score_set, to_json
 from evf_sam_jax.evaluation.splits import EvaluationSet, open_sets, split_names
+from evf_sam_jax.processes import on_first_process
 from evf_sam_jax.run_log import RunLog, clock, make_workdir, run_directory, run_files
 
 FORMAT_VERSION = 1
@@ -70,9 +71,9 @@ def evaluate_sets(
     """As `evaluate`, of a model and sets that have been opened."""
     workdir = run_directory(workdir)
     fingerprints = {"model": model.fingerprint, **{one.name: one.fingerprint for one in sets}}
-    _together(lambda: _open_workdir(config, workdir, fingerprints), workdir)
+    on_first_process(lambda: _open_workdir(config, workdir, fingerprints), workdir)
     plan = make_plan(sets, model.tokenizer, config.batch_size, config.phrases)
-    _together(lambda: _try_again(sets, plan, workdir), workdir)
+    on_first_process(lambda: _try_again(sets, plan, workdir), workdir)
     done = rows_files.read_shards(workdir)
     # Nobody writes before all have read, so that all see the same.
     _meet("evaluation begins")
@@ -82,7 +83,8 @@ def evaluate_sets(
         log.line(_beginning(sets, plan, left))
         _run(config, sets, model, mine, workdir, log)
         _meet("evaluation ends")
-        results = _together(lambda: _finish(config, sets, model, plan, workdir, log), workdir)
+        finish = functools.partial(_finish, config, sets, model, plan, workdir, log)
+        results = on_first_process(finish, workdir)
     if results is None:  # another process has made them
         results = json.loads((workdir / RESULTS).read_text())
     return results
@@ -359,27 +361,6 @@ def _open_workdir(
                 f"{where}: expected the data that the evaluation began with, found other "
                 f"annotations in {name}"
             )
-
-
-def _together(work: Any, workdir: epath.Path) -> Any:
-    """What process 0 does for all; the others wait for it, and stop where it cannot.
-
-    Returns:
-      On process 0 what the work gives, elsewhere None.
-    """
-    result, problem = None, ""
-    if jax.process_index() == 0:
-        try:
-            result = work()
-        except UserError as error:
-            problem = str(error)
-    if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
-        if failed and not problem:
-            problem = f"--workdir {workdir}: process 0 cannot use it and says why"
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 def _meet(where: str) -> None:
