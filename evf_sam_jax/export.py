@@ -39,13 +39,19 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from convert.safetensors_files import SafetensorsWriter
 from data_pipelines import image_input, tokenizers
-from evf_sam_jax import export_loader, mask_geometry, model_dir
+from evf_sam_jax import export_loader, model_dir
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models import attention, evf_sam
 from evf_sam_jax.models.config_checks import DTYPES
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
 from evf_sam_jax.output_directory import new_directory, require_absent
-from evf_sam_jax.predictor import PHRASE_BUCKETS, TILE, TOKEN_BUCKETS, check_parameters
+from evf_sam_jax.predictor import (
+    PHRASE_BUCKETS,
+    TILE,
+    TOKEN_BUCKETS,
+    check_parameters,
+    resample_tile,
+)
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -149,16 +155,8 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
         prediction = evf_sam.decode(config, params, image, Prompts(text=text), multimask=False)
         return {"low_res_logits": prediction.low_res_logits, "iou": prediction.iou}
 
-    def resample_tile(
-        leaves: Leaves,
-        low_res_logits: Float[Array, "1 1 l l"],
-        sam_size: Int[Array, "1 2"],
-        size: Int[Array, "1 2"],
-        origin: Int[Array, "2"],
-    ) -> Float[Array, "1 1 h w"]:
-        return mask_geometry.resample_masks(
-            low_res_logits, sam_size, size, canvas=(TILE, TILE), frame=frame, origin=origin
-        )
+    def resample(leaves: Leaves, *inputs: Array) -> Array:
+        return resample_tile(frame, *inputs)
 
     frame, side = config.segmenter.image_size, config.encoder.image_size
     low = config.segmenter.low_res_size
@@ -179,7 +177,7 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
     return {
         "encode_image": Function(encode_image, ("segmenter",), image),
         "decode_phrases": Function(decode_phrases, ("encoder", "projector", "segmenter"), decoded),
-        "resample_tile": Function(resample_tile, (), tile),
+        "resample_tile": Function(resample, (), tile),
     }
 
 

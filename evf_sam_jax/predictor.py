@@ -426,7 +426,8 @@ class Predictor:
         for top in range(0, height, TILE):
             for left in range(0, width, TILE):
                 origin = np.asarray([top, left], np.int32)
-                tile = np.asarray(_tile(frame, logits, encoded.sam_size, size, origin))[0, 0]
+                tile = _resample_tile(frame, logits, encoded.sam_size, size, origin)
+                tile = np.asarray(tile)[0, 0]
                 result[top : top + TILE, left : left + TILE] = tile[: height - top, : width - left]
         return result
 
@@ -587,17 +588,20 @@ def _decode(
     return evf_sam.decode(config, params, stacked, prompts, multimask)
 
 
-@functools.partial(jax.jit, static_argnames="frame")
-def _tile(
+def resample_tile(
     frame: int,
     low_res_logits: Float[Array, "1 1 l l"],
     sam_size: Int[Array, "1 2"],
     size: Int[Array, "1 2"],
     origin: Int[Array, "2"],
 ) -> Float[Array, "1 1 h w"]:
+    """A mask's logits in the `TILE` x `TILE` pixels of the image that begin at `origin`."""
     return mask_geometry.resample_masks(
         low_res_logits, sam_size, size, canvas=(TILE, TILE), frame=frame, origin=origin
     )
+
+
+_resample_tile = jax.jit(resample_tile, static_argnames="frame")
 
 
 def _by_images(jobs: Iterable[Job | PreparedJob], limit: int) -> Iterator[list[Job | PreparedJob]]:
