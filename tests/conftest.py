@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "64")
 
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -50,6 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two processes for what mostly compiles; slow tests have the machine to themselves."""
     return 0 if _is_slow_tier(config) else 2
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Path:
+    """Where compiled programs are kept, for commands that tests start as processes."""
+    return Path(_compiled.name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

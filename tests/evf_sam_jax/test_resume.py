@@ -22,7 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.tokenizers import load_tokenizer
@@ -65,20 +64,6 @@ ENVIRONMENT = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where compiled programs are kept, so that each is compiled once for all runs of this file."""
-    directory = tmp_path_factory.mktemp("compiled")
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()
-    yield directory
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    compilation_cache.reset_cache()
 
 
 def experiment(**changes: Any) -> ExperimentConfig:

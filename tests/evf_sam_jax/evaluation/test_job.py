@@ -10,17 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pycocotools.coco
 import pycocotools.cocoeval
 import pycocotools.mask
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
@@ -41,20 +38,6 @@ from tests.evf_sam_jax.test_resume import ENVIRONMENT, free_port, no_longer_than
 from tests.test_architecture import ROOT
 
 IMAGES = 96
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where compiled programs are kept, so that each is compiled once for all jobs of this file."""
-    directory = tmp_path_factory.mktemp("compiled")
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()
-    yield directory
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
