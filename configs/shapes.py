@@ -7,8 +7,8 @@ As the real model came to be: first a small SAM learns to segment what a click o
 then its image encoder is frozen, and the multimodal encoder, the projector and the mask decoder
 learn to follow phrases. `fusion` is `early` (default), `late` or `text`.
 
-Measured on two cores: 8 to 9 minutes; `pretrain/val_ciou` 0.898, and `referring/val_ciou` 0.718
-with early fusion, 0.725 with late fusion, 0.710 with text alone (one seed each).
+Measured on two cores: 8 to 9 minutes; `pretrain/val_ciou` 0.90, and `referring/val_ciou` 0.72 with
+early fusion, 0.73 with late fusion, 0.71 with text alone (one seed each; benchmarks/RESULTS.md).
 """
 
 from ml_collections import ConfigDict
