@@ -43,13 +43,15 @@ def attend(
     *,
     scale: float,
     key_valid: Bool[Array, "b s"] | None = None,
+    allowed: Bool[Array, "q s"] | None = None,
 ) -> Float[Array, "b q h d"]:
     """Returns softmax(scale q.k) v; softmax in float32, products in the dtype of `query`.
 
-    Keys where `key_valid` is false get no weight. A row without any valid key attends evenly, so
-    that padding never turns into NaN.
+    Keys where `key_valid` is false get no weight, nor do those that a query is not `allowed`. A row
+    without any valid key attends evenly, so that padding never turns into NaN.
     """
-    weights = attention_weights(query, key, scale=scale, key_valid=key_valid).astype(query.dtype)
+    weights = attention_weights(query, key, scale=scale, key_valid=key_valid, allowed=allowed)
+    weights = weights.astype(query.dtype)
     precision = matmul_precision(query.dtype)
     return jnp.einsum("bhqs,bshd->bqhd", weights, value, precision=precision)
 
@@ -60,6 +62,7 @@ def attention_weights(
     *,
     scale: float,
     key_valid: Bool[Array, "b s"] | None = None,
+    allowed: Bool[Array, "q s"] | None = None,
 ) -> Float32[Array, "b h q s"]:
     """Returns softmax(scale q.k), how much each query attends to each key; see `attend`."""
     scores = jnp.einsum(
@@ -69,9 +72,11 @@ def attention_weights(
         precision=matmul_precision(query.dtype),
         preferred_element_type=jnp.float32,
     )
+    lowest = jnp.finfo(jnp.float32).min
     if key_valid is not None:
-        lowest = jnp.finfo(jnp.float32).min
         scores = jnp.where(key_valid[:, None, None, :], scores, lowest)
+    if allowed is not None:
+        scores = jnp.where(allowed[None, None], scores, lowest)
     return jax.nn.softmax(scores, axis=-1)
 
 
