@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from evf_sam_jax.models.attention import attend_square
+from evf_sam_jax.models.frame import normalize
 from evf_sam_jax.models.layers import (
     TORCH_UNIFORM,
     Mlp,
@@ -25,8 +26,6 @@ from evf_sam_jax.models.layers import (
 )
 from evf_sam_jax.models.sam.config import SamConfig
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 LAYER_NORM_EPSILON = 1e-6
 
 
@@ -34,12 +33,9 @@ def normalize_and_pad(
     image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]
 ) -> Float[Array, "b s s 3"]:
     """Normalises pixels and zeroes what lies outside the content, as the original pads."""
-    side = image.shape[1]
-    mean = jnp.asarray(PIXEL_MEAN, jnp.float32)[None, None, None]
-    std = jnp.asarray(PIXEL_STD, jnp.float32)[None, None, None]
-    x = (image.astype(jnp.float32) - mean) / std
-    inside = jnp.arange(side)[None, None] < size[:, :, None]  # [b, 2, s]
-    return jnp.where((inside[:, 0, :, None] & inside[:, 1, None, :])[..., None], x, 0.0)
+    inside = jnp.arange(image.shape[1])[None, None] < size[:, :, None]  # [b, 2, s]
+    inside = inside[:, 0, :, None] & inside[:, 1, None, :]
+    return jnp.where(inside[..., None], normalize(image), 0.0)
 
 
 def relative_positions(table: Float[Array, "r c"], size: int) -> Float[Array, "q k c"]:
