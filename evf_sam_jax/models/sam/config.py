@@ -1,8 +1,38 @@
 """Sizes of a Segment Anything model, one constructor per released checkpoint."""
 
 import dataclasses
+from typing import ClassVar, Protocol, runtime_checkable
 
 from evf_sam_jax.models.config_checks import check_multiple, check_values
+
+
+@runtime_checkable
+class DecoderConfig(Protocol):
+    """Sizes of a prompt encoder and a mask decoder, which other segmenters share; see `SamConfig`.
+
+    `grid` and `image_size` are of what is encoded.
+    """
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def grid(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def mask_channels(self) -> int: ...
+    @property
+    def decoder_depth(self) -> int: ...
+    @property
+    def decoder_heads(self) -> int: ...
+    @property
+    def decoder_mlp_width(self) -> int: ...
+    @property
+    def iou_head_width(self) -> int: ...
+    @property
+    def num_multimask(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +72,10 @@ class SamConfig:
     dtype: str = "bfloat16"
     remat: bool | str = False
     encoder_chunk: int | None = 1
+
+    family: ClassVar[str] = "sam"
+    stretches: ClassVar[bool] = False
+    mask_prompts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

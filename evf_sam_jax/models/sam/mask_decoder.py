@@ -17,7 +17,7 @@ from evf_sam_jax.models.layers import (
     layer_norm,
     matmul_precision,
 )
-from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.config import DecoderConfig
 from evf_sam_jax.models.sam.transformer import TwoWayTransformer
 
 LAYER_NORM_EPSILON = 1e-6
@@ -27,7 +27,7 @@ MLP_NAMES = ("layers_0", "layers_1", "layers_2")
 class OutputUpscaling(nn.Module):
     """The image embedding at four times its resolution and an eighth of its channels."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "n g g c"]) -> Float[Array, "n 4*g 4*g d"]:
@@ -40,7 +40,7 @@ class OutputUpscaling(nn.Module):
 class MaskDecoder(nn.Module):
     """Predicts one mask a prompt, or several alternatives."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.layers import TORCH_NORMAL, PatchConv, gelu_float32, layer_norm
-from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.config import DecoderConfig
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -22,7 +22,7 @@ LAYER_NORM_EPSILON = 1e-6
 class PositionEmbedding(nn.Module):
     """Random Fourier features of coordinates in [0, 1]."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, coordinates: Float[Array, "*s 2"]) -> Float[Array, "*s c"]:
@@ -43,7 +43,7 @@ class PositionEmbedding(nn.Module):
 class MaskDownscaling(nn.Module):
     """Encodes a mask prompt at a quarter of its resolution."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, mask: Float[Array, "n l l 1"]) -> Float[Array, "n g g c"]:
@@ -58,7 +58,7 @@ class MaskDownscaling(nn.Module):
 class PromptEncoder(nn.Module):
     """Prompts to sparse tokens and a dense map."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         channels = self.config.out_channels

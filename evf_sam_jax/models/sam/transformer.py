@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from evf_sam_jax.models.attention import attend
 from evf_sam_jax.models.layers import Mlp, dense, layer_norm
-from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.config import DecoderConfig
 
 LAYER_NORM_EPSILON = 1e-5  # torch's default, unlike the image encoder's
 DOWNSAMPLE_RATE = 2  # cross-attention works in half the channels
@@ -19,7 +19,7 @@ DOWNSAMPLE_RATE = 2  # cross-attention works in half the channels
 class Attention(nn.Module):
     """Multi-head attention with projections to `width` channels and back."""
 
-    config: SamConfig
+    config: DecoderConfig
     width: int
 
     @nn.compact
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 class TwoWayAttentionBlock(nn.Module):
     """Self-attention of the tokens, tokens to image, MLP, image to tokens."""
 
-    config: SamConfig
+    config: DecoderConfig
     first: bool
 
     @nn.compact
@@ -88,7 +88,7 @@ class TwoWayAttentionBlock(nn.Module):
 class TwoWayTransformer(nn.Module):
     """The blocks, then a last attention from the tokens to the image."""
 
-    config: SamConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(
