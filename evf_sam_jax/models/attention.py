@@ -84,8 +84,8 @@ def attend_square(
     query: Float[Array, "n t d"],
     key: Float[Array, "n t d"],
     value: Float[Array, "n t d"],
-    bias_h: Float[Array, "n t s"],
-    bias_w: Float[Array, "n t s"],
+    bias_h: Float[Array, "n t s"] | None = None,
+    bias_w: Float[Array, "n t s"] | None = None,
     *,
     scale: float,
 ) -> Float[Array, "n t d"]:
@@ -95,27 +95,27 @@ def attend_square(
 
     Args:
       query: one row per head of each image or window.
-      bias_h: added to the scores of all keys in a row of the square.
+      bias_h: added to the scores of all keys in a row of the square; with `bias_w`, or neither.
       bias_w: added to the scores of all keys in a column of the square.
     """
     attend_rows = on_each_device(functools.partial(_attend_rows, scale))
-    return attend_rows(query, key, value, bias_h, bias_w)
+    biases = () if bias_h is None or bias_w is None else (bias_h, bias_w)
+    return attend_rows(query, key, value, *biases)
 
 
-def _attend_rows(
-    scale: float, query: Array, key: Array, value: Array, bias_h: Array, bias_w: Array
-) -> Array:
+def _attend_rows(scale: float, query: Array, key: Array, value: Array, *biases: Array) -> Array:
     """`attend_square` of the rows of one device."""
     n, tokens, width = query.shape
     precision = matmul_precision(query.dtype)
 
     def attend_tile(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
-        q, k, v, h, w = tile
+        q, k, v, *added = tile
         scores = jnp.einsum(
             "rqd,rkd->rqk", q, k, precision=precision, preferred_element_type=jnp.float32
         )
-        bias = h[..., :, None].astype(jnp.float32) + w[..., None, :].astype(jnp.float32)
-        scores = scores + bias.reshape(scores.shape)
+        if added:
+            h, w = (bias.astype(jnp.float32) for bias in added)
+            scores = scores + (h[..., :, None] + w[..., None, :]).reshape(scores.shape)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         total = weights.sum(axis=-1, keepdims=True)
         context = jnp.einsum(
@@ -130,19 +130,19 @@ def _attend_rows(
     query = query * scale
     rows, block = tile_shape(n, tokens, _backend.get() or jax.default_backend())
     if (rows, block) == (n, tokens):
-        return attend_tile((query, key, value, bias_h, bias_w))
+        return attend_tile((query, key, value, *biases))
 
     def blocks(x: Float[Array, "n t c"]) -> Float[Array, "g r q c"]:
         x = x.reshape(n // rows, rows, tokens // block, block, x.shape[-1])
         return x.swapaxes(1, 2).reshape(-1, rows, block, x.shape[-1])
 
     def attend_block(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
-        q, h, w, first = tile
+        first, q, *added = tile
         k, v = (jax.lax.dynamic_slice_in_dim(x, first, rows) for x in (key, value))
-        return attend_tile((q, k, v, h, w))
+        return attend_tile((q, k, v, *added))
 
     first = jnp.repeat(jnp.arange(0, n, rows), tokens // block)
-    context = jax.lax.map(attend_block, (blocks(query), blocks(bias_h), blocks(bias_w), first))
+    context = jax.lax.map(attend_block, (first, *(blocks(x) for x in (query, *biases))))
     context = context.reshape(n // rows, tokens // block, rows, block, width).swapaxes(1, 2)
     return context.reshape(n, tokens, width)
 
