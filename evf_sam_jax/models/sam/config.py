@@ -8,7 +8,7 @@ from evf_sam_jax.models.config_checks import check_multiple, check_values
 
 @runtime_checkable
 class DecoderConfig(Protocol):
-    """Sizes of a prompt encoder and a mask decoder, which other segmenters share; see `SamConfig`.
+    """Sizes of a mask decoder and what it is asked, shared by other segmenters; see `SamConfig`.
 
     `grid` and `image_size` are of what is encoded.
     """
@@ -19,8 +19,6 @@ class DecoderConfig(Protocol):
     def grid(self) -> int: ...
     @property
     def out_channels(self) -> int: ...
-    @property
-    def mask_channels(self) -> int: ...
     @property
     def decoder_depth(self) -> int: ...
     @property
@@ -33,6 +31,14 @@ class DecoderConfig(Protocol):
     def num_multimask(self) -> int: ...
     @property
     def dtype(self) -> str: ...
+
+
+@runtime_checkable
+class PromptConfig(DecoderConfig, Protocol):
+    """Sizes of a prompt encoder that takes masks too."""
+
+    @property
+    def mask_channels(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,15 +147,14 @@ class Group(nn.Module):
 class Neck(nn.Module):
     """Two convolutions with a LayerNorm over channels after each, in float32."""
 
-    config: SamConfig
+    channels: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b g g c"]) -> Float[Array, "b g g d"]:
-        channels = self.config.out_channels
-        x = PatchConv(channels, 1, jnp.float32, use_bias=False, name="conv1")(x)
+        x = PatchConv(self.channels, 1, jnp.float32, use_bias=False, name="conv1")(x)
         x = layer_norm("norm1", LAYER_NORM_EPSILON, jnp.float32)(x)
         x = nn.Conv(
-            channels,
+            self.channels,
             (3, 3),
             padding=((1, 1), (1, 1)),
             use_bias=False,
@@ -185,7 +184,7 @@ class ImageEncoder(nn.Module):
         """
         config = self.config
         x = normalize_and_pad(image, size)
-        x = PatchEmbed(config, name="patch_embed")(x)
+        x = PatchEmbed(config.width, config.patch_size, config.dtype, name="patch_embed")(x)
         shape = (config.grid, config.grid, config.width)
         pos_embed = self.param("pos_embed", nn.initializers.zeros, shape, jnp.float32)
         # The residual stream stays float32: 64 additions in bfloat16 would cost a bit of the masks.
@@ -196,15 +195,16 @@ class ImageEncoder(nn.Module):
             split_rngs={"params": True},
             length=config.groups,
         )(config, name="groups")(x, None)
-        return Neck(config, name="neck")(x)
+        return Neck(config.out_channels, name="neck")(x)
 
 
 class PatchEmbed(nn.Module):
     """Patch embedding; the original's module of this name holds one convolution, `proj`."""
 
-    config: SamConfig
+    width: int
+    patch_size: int
+    dtype: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s s 3"]) -> Float[Array, "b g g c"]:
-        config = self.config
-        return PatchConv(config.width, config.patch_size, config.dtype, True, name="proj")(x)
+        return PatchConv(self.width, self.patch_size, self.dtype, True, name="proj")(x)

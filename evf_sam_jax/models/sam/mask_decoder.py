@@ -5,6 +5,8 @@ Reference: facebookresearch/segment-anything at dca509f, `modeling/mask_decoder.
 Differences: the four hyper-networks are stacked and computed at once.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -37,10 +39,28 @@ class OutputUpscaling(nn.Module):
         return gelu_float32(PatchTranspose(config.out_channels // 8, config.dtype, name="conv2")(x))
 
 
+def hyper_networks(config: DecoderConfig, activation: str) -> nn.Module:
+    """Returns the networks that make of each mask token the weights of its mask, stacked."""
+    channels = config.out_channels
+    return nn.vmap(
+        Mlp, in_axes=1, out_axes=1, variable_axes={"params": 0}, split_rngs={"params": True}
+    )(
+        (channels, channels, channels // 8),
+        activation,
+        config.dtype,
+        MLP_NAMES,
+        name="output_hypernetworks_mlps",
+    )
+
+
 class MaskDecoder(nn.Module):
     """Predicts one mask a prompt, or several alternatives."""
 
     config: DecoderConfig
+
+    activation: ClassVar[str] = "relu"
+    transformer_type: ClassVar[type[TwoWayTransformer]] = TwoWayTransformer
+    upscaling_type: ClassVar[type[nn.Module]] = OutputUpscaling
 
     @nn.compact
     def __call__(
@@ -75,25 +95,17 @@ class MaskDecoder(nn.Module):
 
         image_pe = image_pe.reshape(1, grid * grid, channels).astype(config.dtype)
         image = image.reshape(n, grid * grid, channels)
-        tokens, image = TwoWayTransformer(config, name="transformer")(
+        tokens, image = self.transformer_type(config, name="transformer")(
             image, image_pe, tokens, valid
         )
 
-        upscaled = OutputUpscaling(config, name="output_upscaling")(
+        upscaled = self.upscaling_type(config, name="output_upscaling")(
             image.reshape(n, grid, grid, channels)
         )
-        hyper = nn.vmap(
-            Mlp, in_axes=1, out_axes=1, variable_axes={"params": 0}, split_rngs={"params": True}
-        )(
-            (channels, channels, channels // 8),
-            "relu",
-            config.dtype,
-            MLP_NAMES,
-            name="output_hypernetworks_mlps",
-        )(tokens[:, 1 : 1 + masks])
+        hyper = hyper_networks(config, self.activation)(tokens[:, 1 : 1 + masks])
         iou = Mlp(
             (config.iou_head_width, config.iou_head_width, masks),
-            "relu",
+            self.activation,
             config.dtype,
             MLP_NAMES,
             name="iou_prediction_head",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.layers import TORCH_NORMAL, PatchConv, gelu_float32, layer_norm
-from evf_sam_jax.models.sam.config import DecoderConfig
+from evf_sam_jax.models.sam.config import DecoderConfig, PromptConfig
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -43,7 +43,7 @@ class PositionEmbedding(nn.Module):
 class MaskDownscaling(nn.Module):
     """Encodes a mask prompt at a quarter of its resolution."""
 
-    config: DecoderConfig
+    config: PromptConfig
 
     @nn.compact
     def __call__(self, mask: Float[Array, "n l l 1"]) -> Float[Array, "n g g c"]:
@@ -58,7 +58,7 @@ class MaskDownscaling(nn.Module):
 class PromptEncoder(nn.Module):
     """Prompts to sparse tokens and a dense map."""
 
-    config: DecoderConfig
+    config: PromptConfig
 
     def setup(self) -> None:
         channels = self.config.out_channels
@@ -84,9 +84,7 @@ class PromptEncoder(nn.Module):
                 self.encode_points(prompts.points, prompts.point_labels, prompts.boxes is None)
             )
         if prompts.boxes is not None:
-            corners = prompts.boxes.reshape(*prompts.boxes.shape[:2], 2, 2) + 0.5
-            encoded = self.pe_layer(corners / self.config.image_size)
-            tokens.append(encoded + self.point_embeddings[None, None, 2:4].astype(jnp.float32))
+            tokens.append(self.encode_boxes(prompts.boxes))
         if prompts.text is not None:
             tokens.append(prompts.text.astype(jnp.float32))
         if prompts.mask is not None:
@@ -119,6 +117,12 @@ class PromptEncoder(nn.Module):
         encoded = encoded + embedding.astype(jnp.float32)
         not_a_point = self.not_a_point_embed.astype(jnp.float32)
         return jnp.where((labels == -1)[..., None], not_a_point, encoded)
+
+    def encode_boxes(self, boxes: Float[Array, "b k 4"]) -> Float[Array, "b k _ c"]:
+        """Encodes the two corners of each box."""
+        corners = boxes.reshape(*boxes.shape[:2], 2, 2) + 0.5
+        encoded = self.pe_layer(corners / self.config.image_size)
+        return encoded + self.point_embeddings[None, None, 2:4].astype(jnp.float32)
 
     def dense_positions(self) -> Float[Array, "g g c"]:
         """Returns the positional encoding of every cell of the image embedding."""

@@ -5,6 +5,8 @@ Reference: facebookresearch/segment-anything at dca509f, `modeling/transformer.p
 Differences: softmax is computed in float32.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float
 
@@ -49,6 +51,8 @@ class TwoWayAttentionBlock(nn.Module):
     config: DecoderConfig
     first: bool
 
+    activation: ClassVar[str] = "relu"
+
     @nn.compact
     def __call__(
         self,
@@ -65,18 +69,14 @@ class TwoWayAttentionBlock(nn.Module):
             return layer_norm(name, LAYER_NORM_EPSILON, config.dtype)
 
         self_attention = Attention(config, channels, name="self_attn")
-        if self.first:  # no positions yet, and the queries are replaced, not added to
-            queries = self_attention(queries, queries, queries, query_valid)
-        else:
-            q = queries + query_pe
-            queries = queries + self_attention(q, q, queries, query_valid)
+        queries = self.attend_to_tokens(self_attention, queries, query_pe, query_valid)
         queries = norm("norm1")(queries)
 
         to_image = Attention(config, reduced, name="cross_attn_token_to_image")
         queries = norm("norm2")(queries + to_image(queries + query_pe, keys + key_pe, keys))
 
         widths = (config.decoder_mlp_width, channels)
-        mlp = Mlp(widths, "relu", config.dtype, ("lin1", "lin2"), name="mlp")
+        mlp = Mlp(widths, self.activation, config.dtype, ("lin1", "lin2"), name="mlp")
         queries = norm("norm3")(queries + mlp(queries))
 
         to_tokens = Attention(config, reduced, name="cross_attn_image_to_token")
@@ -84,11 +84,26 @@ class TwoWayAttentionBlock(nn.Module):
         keys = norm("norm4")(keys + attended)
         return queries, keys
 
+    def attend_to_tokens(
+        self,
+        attention: Attention,
+        queries: Float[Array, "n t c"],
+        query_pe: Float[Array, "n t c"],
+        query_valid: Bool[Array, "n t"] | None,
+    ) -> Float[Array, "n t c"]:
+        """Returns the tokens after they have attended to each other, before the norm."""
+        if self.first:  # no positions yet, and the queries are replaced, not added to
+            return attention(queries, queries, queries, query_valid)
+        q = queries + query_pe
+        return queries + attention(q, q, queries, query_valid)
+
 
 class TwoWayTransformer(nn.Module):
     """The blocks, then a last attention from the tokens to the image."""
 
     config: DecoderConfig
+
+    block_type: ClassVar[type[TwoWayAttentionBlock]] = TwoWayAttentionBlock
 
     @nn.compact
     def __call__(
@@ -105,7 +120,7 @@ class TwoWayTransformer(nn.Module):
         config = self.config
         queries, keys = tokens, image
         for index in range(config.decoder_depth):
-            block = TwoWayAttentionBlock(config, first=index == 0, name=f"layers_{index}")
+            block = self.block_type(config, first=index == 0, name=f"layers_{index}")
             queries, keys = block(queries, keys, tokens, image_pe, token_valid)
         width = config.out_channels // DOWNSAMPLE_RATE
         to_image = Attention(config, width, name="final_attn_token_to_image")
