@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 # torch's default for Linear and Conv: uniform in +-1/sqrt(fan_in).
 TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, mode="fan_in", distribution="uniform")
@@ -34,17 +34,19 @@ def gathering(layer: type[nn.Module]) -> type[nn.Module]:
     return nn.map_variables(layer, "params", trans_in_fn=_gathered, init=True)
 
 
-def scanned(layer: type[nn.Module], remat: bool | str) -> type[nn.Module]:
+def scanned(layer: type[nn.Module], remat: bool | str, alone: bool = False) -> type[nn.Module]:
     """Returns a layer as a scan over layers shall have it: gathering, and rematerialised.
 
-    The backward pass recomputes what `config_checks.REMAT` says; elsewhere than in a scan, XLA
-    would undo that.
+    The backward pass recomputes what `config_checks.REMAT` says.
+
+    Args:
+      alone: there is no scan, and XLA must be kept from undoing that.
     """
     layer = gathering(layer)
     if not remat:
         return layer
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return nn.remat(layer, prevent_cse=False, policy=dots if remat == "dots" else None)
+    return nn.remat(layer, prevent_cse=alone, policy=dots if remat == "dots" else None)
 
 
 def split_by_batch(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -79,6 +81,15 @@ def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[.
         return jax.shard_map(function, in_specs=specs, out_specs=rows)(*arrays)
 
     return call
+
+
+def look_up(table: Float[Array, "v d"], ids: Int[Array, "n t"]) -> Float[Array, "n t d"]:
+    """Returns the rows of a table of embeddings.
+
+    The gradient of the table adds up on each device, or every word would go to all of them.
+    """
+    rows = on_each_device(lambda table, ids: jnp.take(table, ids, axis=0), whole=1)
+    return rows(table, ids)
 
 
 def mesh_axes() -> tuple[str, ...]:
