@@ -39,6 +39,12 @@ class PositionEmbedding(nn.Module):
         phase = (2.0 * jnp.pi) * phase
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
+    def of_cells(self, grid: int) -> Float[Array, "g g c"]:
+        """Encodes the centre of every cell of a frame of grid x grid."""
+        centres = (jnp.arange(grid, dtype=jnp.float32) + 0.5) / grid
+        y, x = jnp.meshgrid(centres, centres, indexing="ij")
+        return self(jnp.stack([x, y], axis=-1))
+
 
 class MaskDownscaling(nn.Module):
     """Encodes a mask prompt at a quarter of its resolution."""
@@ -126,6 +132,4 @@ class PromptEncoder(nn.Module):
 
     def dense_positions(self) -> Float[Array, "g g c"]:
         """Returns the positional encoding of every cell of the image embedding."""
-        centres = (jnp.arange(self.config.grid, dtype=jnp.float32) + 0.5) / self.config.grid
-        y, x = jnp.meshgrid(centres, centres, indexing="ij")
-        return self.pe_layer(jnp.stack([x, y], axis=-1))
+        return self.pe_layer.of_cells(self.config.grid)
