@@ -28,7 +28,7 @@ from benchmarks.alternation import print_comparison
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.buckets import Buckets
 from data_pipelines.dataset import Dataset
-from data_pipelines.image_input import encoder_input, read_image, sam_input
+from data_pipelines.image_input import read_image
 from data_pipelines.index import AnnotatedImage, Target
 from data_pipelines.mixture import Mixture
 from data_pipelines.prepare import prepare
@@ -101,8 +101,8 @@ def bare_loop(source: IndexedSource, root: Path, samples: int) -> None:
     for i in range(samples):
         row = i % len(source)
         image = read_image(root / index.file(row))
-        sam_input(image)
-        encoder_input(image)
+        SPEC.images.segmenter(image)
+        SPEC.images.encoder(image)
         for target in range(3 * row, 3 * row + 3):
             decode_parts(index.parts(target), HEIGHT, WIDTH)
 

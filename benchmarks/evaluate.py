@@ -29,13 +29,13 @@ from data_pipelines.index import AnnotatedImage, Target, write_index
 from data_pipelines.segmentations import encode_mask
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.source import IndexedSource, LooseFiles, ReadingRules
-from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax.evaluation.config import EvaluationJob
 from evf_sam_jax.evaluation.count import EvaluatedModel
 from evf_sam_jax.evaluation.grouping import make_plan, steps
 from evf_sam_jax.evaluation.job import evaluate_sets
 from evf_sam_jax.evaluation.reading import Reader, Round
 from evf_sam_jax.evaluation.splits import EvaluationSet
+from evf_sam_jax.model_inputs import load_tokenizer, tower_images
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params
 from evf_sam_jax.models.sam.config import SamConfig
@@ -79,8 +79,7 @@ def make_reader(model: EvaluatedModel, one: EvaluationSet, batch_size: int) -> R
         tokenizer=model.tokenizer,
         devices=model.devices,
         batch_size=batch_size,
-        frame=model.config.segmenter.image_size,
-        encoder_size=model.config.encoder.image_size,
+        images=tower_images(model.config),
     )
 
 
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config = model_config()
-    tokenizer = load_tokenizer(SHAPES_TOKENIZER, config.encoder.max_text_tokens)
+    tokenizer = load_tokenizer(SHAPES_TOKENIZER, config)
     params = init_params(config, jax.random.key(0))
     model = EvaluatedModel(config, params, tokenizer, "random", masks=True)
     alone, whole = [], []

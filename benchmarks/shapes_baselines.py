@@ -28,6 +28,7 @@ from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.errors import run_command
 from evf_sam_jax.evaluation.held_out import evaluate, make_count_step
 from evf_sam_jax.metrics import IouSums
+from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.predictor import Predictor
 
 BATCH_SIZE = 16
@@ -60,8 +61,7 @@ def main() -> None:
         batch_size=BATCH_SIZE,
         phrases=source.config.phrases,
         text_length=TEXT_LENGTH,
-        frame=predictor.config.segmenter.image_size,
-        encoder_size=predictor.config.encoder.image_size,
+        images=tower_images(predictor.config),
         canvas=(max(source.config.sides), max(source.config.sides)),
     )
     count_step = make_count_step(predictor.config, "text")

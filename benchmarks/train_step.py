@@ -23,10 +23,11 @@ from etils import epath
 from benchmarks import environment
 from configs.shapes import get_config
 from data_pipelines.batch import Batch
-from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.experiment import ExperimentConfig, experiment_from_dict
 from evf_sam_jax.initialize import initial_params, tokenizer_directory
 from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.model_inputs import load_tokenizer
 from evf_sam_jax.param_rules import merge
 from evf_sam_jax.preemption import PreemptionNotice
 from evf_sam_jax.run_log import RunLog
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     config = experiment(options.batch_size, options.steps)
-    tokenizer = load_tokenizer(tokenizer_directory(config), config.model.encoder.max_text_tokens)
+    tokenizer = load_tokenizer(tokenizer_directory(config), config.model)
     data = open_data(config)
     stage = make_stage(config, config.stages[0], make_mesh(config.mesh))
     made = tuple(itertools.islice(stage.batches(data, tokenizer), 4))

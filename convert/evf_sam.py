@@ -10,8 +10,8 @@ configuration under `evf_sam_jax` in config.json, and comes back by it.
 from pathlib import Path
 from typing import Any
 
-from convert import beit3, sam
 from convert.checkpoint_files import open_directory, read_json_object
+from convert.families import tower_table
 from convert.table import LINEAR, Rule, Table, joined, weight_and_bias
 from convert.to_model_dir import Conversion, leaf_shapes
 from evf_sam_jax.errors import UserError
@@ -37,9 +37,9 @@ def table(config: EvfSamConfig) -> Table:
         *weight_and_bias("text_hidden_fcs.0.2", "projector/out", LINEAR),
     )
     return joined(
-        beit3.table(config.encoder).prefixed("mm_extractor."),
+        tower_table(config.encoder).prefixed("mm_extractor."),
         Table(projector, fields={}),
-        sam.table(config.segmenter).prefixed("visual_model."),
+        tower_table(config.segmenter).prefixed("visual_model."),
     )
 
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import beit3, evf_sam, sam
+from convert import evf_sam
+from convert.families import tower_table
 from convert.safetensors_files import SafetensorsWriter
 from convert.table import Plan, Table, common_dtype, make_plan
 from convert.to_model_dir import full_config, leaf_shapes
@@ -32,9 +33,9 @@ def table_of(config: dict[str, Any]) -> Table:
     """The table of a manifest's `config`, which has both towers or one."""
     whole = full_config(config)
     if "encoder" not in config:
-        return sam.table(whole.segmenter)
+        return tower_table(whole.segmenter)
     if "segmenter" not in config:
-        return beit3.table(whole.encoder)
+        return tower_table(whole.encoder)
     return evf_sam.table(whole)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
 from data_pipelines.batch import Batch
-from data_pipelines.image_input import encoder_input, sam_input
 from data_pipelines.tokenizers import BOS_ID, EOS_ID, Tokenizer, pad_token_ids
+from data_pipelines.tower_images import TowerImages
 from evf_sam_jax.errors import UserError
 
 # The corners of a training box move by up to this share of its sides: people do not draw exact
@@ -40,8 +40,7 @@ class BatchSpec:
       batch_size: images of the global batch.
       phrases: k, phrases an image.
       text_length: l, tokens a phrase with `<s>` and `</s>`.
-      frame: S, side of the segmenter's image.
-      encoder_size: side of the multimodal encoder's image.
+      images: how both towers take an image.
       canvas: height and width that hold every image at its original size.
       prompts: whether to add a click and a box for each target.
       shrink: whether the targets of an image larger than the canvas are shrunk to fit (the model's
@@ -51,8 +50,7 @@ class BatchSpec:
     batch_size: int
     phrases: int
     text_length: int
-    frame: int = 1024
-    encoder_size: int = 224
+    images: TowerImages = TowerImages()
     canvas: tuple[int, int] = (640, 640)
     prompts: bool = False
     shrink: bool = False
@@ -93,7 +91,7 @@ def assemble(slots: Sequence[Slot], spec: BatchSpec, tokenizer: Tokenizer) -> Ba
             _check_room(slot.example, spec)
             _fill(fields, row, slot.example, spec)
             if spec.prompts:
-                _fill_prompts(fields, row, slot.example, slot.prompt_seed)
+                _fill_prompts(fields, row, slot.example, slot.prompt_seed, spec.images)
         fields["text_ids"][row], fields["text_valid"][row] = pad_token_ids(ids, spec.text_length)
     return Batch(**fields)
 
@@ -135,13 +133,12 @@ def _check_room(example: Example, spec: BatchSpec) -> None:
 
 def _empty(b: int, spec: BatchSpec) -> dict[str, np.ndarray]:
     """The fields of a `Batch` of padding."""
-    k, length, frame, side = spec.phrases, spec.text_length, spec.frame, spec.encoder_size
+    k, length, frame = spec.phrases, spec.text_length, spec.images.frame
     fields = {
         "sam_image": np.zeros((b, frame, frame, 3), np.uint8),
         # Padding has size 1, so that no geometry divides by zero.
         "sam_size": np.ones((b, 2), np.int32),
-        "encoder_image": np.zeros((b, side, side, 3), np.float32),
-        "encoder_image_valid": np.ones((b, side, side), bool),
+        "encoder_image": np.zeros((b, *spec.images.encoder_shape), np.float32),
         "text_ids": np.zeros((b, k, length), np.int32),
         "text_valid": np.zeros((b, k, length), bool),
         "phrase_valid": np.zeros((b, k), bool),
@@ -162,8 +159,9 @@ def _fill(fields: dict[str, np.ndarray], row: int, example: Example, spec: Batch
     masks, ignore = _on_canvas(example, spec.canvas)
     height, width = masks.shape[1:]
     k = len(example.phrases)
-    _, fields["sam_size"][row] = sam_input(example.image, spec.frame, fields["sam_image"][row])
-    fields["encoder_image"][row] = encoder_input(example.image, spec.encoder_size)
+    images = spec.images
+    _, fields["sam_size"][row] = images.segmenter(example.image, fields["sam_image"][row])
+    fields["encoder_image"][row] = images.encoder(example.image)
     fields["phrase_valid"][row, :k] = True
     fields["mask"][row, :k, :height, :width] = masks
     valid = True if ignore is None else ~ignore
@@ -195,11 +193,15 @@ def _centres(source: int, target: int) -> np.ndarray:
 
 
 def _fill_prompts(
-    fields: dict[str, np.ndarray], row: int, example: Example, seed: tuple[int, int]
+    fields: dict[str, np.ndarray],
+    row: int,
+    example: Example,
+    seed: tuple[int, int],
+    images: TowerImages,
 ) -> None:
     rng = np.random.Generator(np.random.Philox(key=np.array(seed, np.uint64)))
     height, width = example.image.shape[:2]
-    sam_height, sam_width = fields["sam_size"][row]
+    sam_height, sam_width = images.prompt_frame(height, width)
     # Coordinates are scaled as in segment-anything dca509f, utils/transforms.py:33-41.
     scale = np.array([sam_width / width, sam_height / height], np.float32)
     for phrase, mask in enumerate(example.masks):

@@ -27,8 +27,7 @@ class Batch:
         on the device).
       sam_size: height and width of the content of `sam_image`.
       encoder_image: resized and normalised for the multimodal encoder (bicubic overshoots, so it
-        cannot be uint8).
-      encoder_image_valid: false where a variable-size image was padded.
+        cannot be uint8); where images differ in size, a fourth channel is 1 inside.
       text_ids: token ids, right-padded.
       text_valid: false at padding.
       phrase_valid: false rows are padding.
@@ -46,8 +45,7 @@ class Batch:
 
     sam_image: UInt8[Array, "b S S 3"] | None
     sam_size: Int32[Array, "b 2"]
-    encoder_image: Float32[Array, "b h w 3"]
-    encoder_image_valid: Bool[Array, "b h w"]
+    encoder_image: Float32[Array, "b h w _"]
     text_ids: Int32[Array, "b k l"]
     text_valid: Bool[Array, "b k l"]
     phrase_valid: Bool[Array, "b k"]

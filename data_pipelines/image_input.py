@@ -149,6 +149,26 @@ def sam_input(
     return framed, (height, width)
 
 
+def stretched_input(
+    image: UInt8[np.ndarray, "h w 3"], frame: int = 1024, antialias: bool = True
+) -> UInt8[np.ndarray, "S S 3"]:
+    """The image of a segmenter whose frame both sides fill: bilinear, in 8 bits.
+
+    Reference: hustvl/EVF-SAM at 9935dc5, class `Resize` of `utils/dataset.py`, which is Pillow's
+    filter, and `inference.py:65-69`, PyTorch's on uint8.
+
+    Args:
+      antialias: as in the original's training and evaluation; without, as in its inference script.
+        They are equal where no side shrinks.
+    """
+    if antialias:
+        resized = Image.fromarray(image).resize((frame, frame), Image.Resampling.BILINEAR)
+        return np.asarray(resized)
+    # As PyTorch does it: columns first, then rows, each in fixed point and rounded to 8 bits.
+    lines = _bilinear_8_bit(image.swapaxes(0, 1), frame).swapaxes(0, 1)
+    return _bilinear_8_bit(lines, frame)
+
+
 def encoder_input(
     image: UInt8[np.ndarray, "h w 3"], size: int = 224
 ) -> Float32[np.ndarray, "size size 3"]:
@@ -224,6 +244,24 @@ def _cubic_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     weights = np.stack([far(t + one), near(t), near(one - t), far(one - t + one)], axis=1)
     indices = first.astype(np.int64)[:, None] + np.arange(-1, 3)
     return np.clip(indices, 0, source - 1), weights.astype(np.float32)
+
+
+def _bilinear_8_bit(pixels: UInt8[np.ndarray, "s w c"], size: int) -> UInt8[np.ndarray, "t w c"]:
+    """The rows of an image brought to `size`, without antialias, in PyTorch's fixed point."""
+    if pixels.shape[0] == size:
+        return pixels
+    scale = pixels.shape[0] / size
+    position = np.maximum(scale * (np.arange(size) + 0.5) - 0.5, 0.0)
+    first = position.astype(np.int64)
+    second = np.minimum(first + 1, pixels.shape[0] - 1)
+    weight = (position - first)[:, None, None]
+    # As many bits as the largest weight leaves of 16 with a sign.
+    largest = max(float(weight.max()), float((1 - weight).max()))
+    bits = next(b for b in range(23) if int(0.5 + largest * 2 ** (b + 1)) >= 2**15)
+    half, one = 2 ** (bits - 1), 2**bits
+    total = np.floor(0.5 + (1 - weight) * one).astype(np.int64) * pixels[first]
+    total += np.floor(0.5 + weight * one).astype(np.int64) * pixels[second]
+    return np.clip((total + half) >> bits, 0, 255).astype(np.uint8)
 
 
 def _to_unit(image: np.ndarray) -> np.ndarray:

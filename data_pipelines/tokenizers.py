@@ -15,6 +15,7 @@ Differences: an empty phrase and a phrase past the model's positions are refused
 passes on; so is half a surrogate pair.
 """
 
+import abc
 import dataclasses
 import json
 import os
@@ -43,13 +44,37 @@ class AddedToken:
     strip_right: bool = False  # eats the white space after it
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Phrases to ids; holds no state besides the vocabulary, pickles for worker processes.
 
     Attributes:
       vocab_size: one more than the largest id that `encode` can give.
-      max_tokens: the longest sequence with `<s>` and `</s>` that the model has positions for.
+      max_tokens: the longest sequence, begin and end included, that the model has positions for.
     """
+
+    vocab_size: int
+    max_tokens: int
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of one phrase, begin and end included.
+
+        Raises:
+          UserError: the phrase is empty, no Unicode text, or longer than the model has positions
+            for.
+        """
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Refuses a tokenizer whose ids do not fit a text embedding of `rows` rows."""
+        if self.vocab_size > rows:
+            raise UserError(
+                f"the tokenizer gives ids up to {self.vocab_size - 1}, "
+                f"but the model's text embedding has only {rows} rows: they do not belong together"
+            )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """BEiT-3's: SentencePiece in XLM-RoBERTa's id layout."""
 
     def __init__(self, model: bytes, added: Mapping[str, AddedToken], max_tokens: int):
         self._model = model
@@ -72,15 +97,9 @@ class Tokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def __reduce__(self):
-        return Tokenizer, (self._model, self._added, self.max_tokens)
+        return SentencePieceTokenizer, (self._model, self._added, self.max_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one phrase, `<s>` and `</s>` included.
-
-        Raises:
-          UserError: the phrase is empty, no Unicode text, or longer than the model has positions
-            for.
-        """
         if not is_unicode(text):
             raise UserError(
                 f"the phrase {text[:40]!r} is no Unicode text: expected words, "
@@ -97,14 +116,6 @@ class Tokenizer:
                 f"expected at most {self.max_tokens}"
             )
         return ids
-
-    def check_vocabulary(self, rows: int) -> None:
-        """Refuses a tokenizer whose ids do not fit a text embedding of `rows` rows."""
-        if self.vocab_size > rows:
-            raise UserError(
-                f"the tokenizer gives ids up to {self.vocab_size - 1}, "
-                f"but the model's text embedding has only {rows} rows: they do not belong together"
-            )
 
     def _encode_text(self, text: str) -> list[int]:
         parts = self._split.split(text)
@@ -147,7 +158,7 @@ def load_tokenizer(directory: str | os.PathLike, max_tokens: int = 1022) -> Toke
     path = _find_model(pathlib.Path(directory))
     added = _read_added_tokens(path.parent)
     try:
-        return Tokenizer(path.read_bytes(), added, max_tokens)
+        return SentencePieceTokenizer(path.read_bytes(), added, max_tokens)
     except (RuntimeError, OSError) as error:  # SentencePiece raises RuntimeError
         raise UserError(f"{path}: expected a SentencePiece model, found something else") from error
 

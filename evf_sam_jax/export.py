@@ -38,8 +38,8 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from convert.safetensors_files import SafetensorsWriter
-from data_pipelines import image_input, tokenizers
-from evf_sam_jax import export_loader, model_dir
+from data_pipelines import image_input, tokenizers, tower_images
+from evf_sam_jax import export_loader, model_dir, model_inputs
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models import attention, evf_sam
 from evf_sam_jax.models.config_checks import DTYPES
@@ -145,7 +145,7 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
     def decode_phrases(
         leaves: Leaves,
         features: dict[str, Any],
-        encoder_image: Float[Array, "1 e e 3"],
+        encoder_image: Float[Array, "1 h w _"],
         text_ids: Int[Array, "1 k l"],
         text_valid: Bool[Array, "1 k l"],
     ) -> dict[str, Array]:
@@ -156,10 +156,10 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
         return {"low_res_logits": prediction.low_res_logits, "iou": prediction.iou}
 
     def resample(leaves: Leaves, *inputs: Array) -> Array:
-        return resample_tile(frame, *inputs)
+        return resample_tile(evf_sam.padded_frame(config), *inputs)
 
-    frame, side = config.segmenter.image_size, config.encoder.image_size
-    low = config.segmenter.low_res_size
+    frame, low = config.segmenter.image_size, config.segmenter.low_res_size
+    encoder_image = (1, *model_inputs.tower_images(config).encoder_shape)
     sizes = _shape((1, 2), jnp.int32)
     image = (_shape((1, frame, frame, 3), jnp.uint8), sizes)
     features = jax.eval_shape(encode_image, _leaf_shapes(config, ("segmenter",)), *image)
@@ -169,7 +169,7 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
     text = (1, phrases, tokens)
     decoded = (
         features,
-        _shape((1, side, side, 3), jnp.float32),
+        _shape(encoder_image, jnp.float32),
         _shape(text, jnp.int32),
         _shape(text, jnp.bool_),
     )
@@ -199,6 +199,7 @@ def write_loader(directory: Path) -> None:
         package / "__init__.py": standalone_source(export_loader),
         package / "image_input.py": standalone_source(image_input),
         package / "tokenizers.py": standalone_source(tokenizers),
+        package / "tower_images.py": standalone_source(tower_images),
         package / "errors.py": errors,
     }
     for file, content in files.items():
@@ -232,6 +233,8 @@ def standalone_source(module: ModuleType) -> str:
             lines[first:last] = [""] * len(lines[first:last])
         elif statement.module == "data_pipelines":
             lines[first] = lines[first].replace("from data_pipelines import", "from . import")
+        elif (statement.module or "").startswith("data_pipelines."):
+            lines[first] = lines[first].replace("from data_pipelines.", "from .")
         elif statement.module == "evf_sam_jax.errors":
             lines[first] = lines[first].replace("from evf_sam_jax.", "from .")
     docstring_end = statements[0].end_lineno or 0
@@ -246,6 +249,7 @@ def _manifest(
     platforms: Sequence[str],
     dtype: str,
 ) -> dict[str, Any]:
+    images = model_inputs.tower_images(config)
     return {
         "export_version": export_loader.FORMAT_VERSION,
         "variant": manifest.variant,
@@ -261,17 +265,11 @@ def _manifest(
         },
         "preprocessing": {
             "segmenter": {
-                "frame": config.segmenter.image_size,
-                "resize": "longest side to the frame, bilinear as Pillow's, top left in zeros",
+                "frame": images.frame,
+                "fit": images.fit,
                 "values": "uint8 RGB; encode_image normalises",
             },
-            "encoder": {
-                "size": config.encoder.image_size,
-                "resize": "both sides to the size, bicubic (a = -0.75), without antialias",
-                "values": "float32 RGB, (x / 255 - mean) / std",
-                "mean": [0.5, 0.5, 0.5],
-                "std": [0.5, 0.5, 0.5],
-            },
+            "encoder": {"size": images.encoder_size, "kind": images.encoder_kind},
         },
         "max_text_tokens": config.encoder.max_text_tokens,
         "phrase_buckets": list(PHRASE_BUCKETS),
@@ -315,8 +313,7 @@ def _read_config(
             "an export takes phrases as text"
         )
     config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(manifest.config), dtype)
-    tokenizer = tokenizers.load_tokenizer(model, config.encoder.max_text_tokens)
-    tokenizer.check_vocabulary(config.encoder.vocab_size)
+    model_inputs.load_tokenizer(model, config)
     check_parameters(model, config)
     return config
 

@@ -24,9 +24,10 @@ from jaxtyping import Bool, Float32, UInt8
 from PIL import Image
 
 from data_pipelines import image_input, tokenizers
+from data_pipelines.tower_images import ENCODER, FITS, TowerImages
 from evf_sam_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "manifest.json"
 FUNCTIONS = ("encode_image", "decode_phrases", "resample_tile")
@@ -57,12 +58,14 @@ class ExportedModel:
       weights: '/'-path -> array on the device.
       functions: the compiled functions; each compiles once for every shape of its inputs.
       tokenizer: turns phrases into token ids.
+      images: how the model takes an image.
     """
 
     manifest: Mapping[str, Any]
     weights: Mapping[str, jax.Array]
     functions: Mapping[str, Callable[..., Any]]
     tokenizer: tokenizers.Tokenizer
+    images: TowerImages
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "ExportedModel":
@@ -79,7 +82,14 @@ class ExportedModel:
             for name, entry in ((name, manifest["functions"][name]) for name in FUNCTIONS)
         }
         tokenizer = tokenizers.load_tokenizer(directory, manifest["max_text_tokens"])
-        return cls(manifest, _load_weights(directory / WEIGHTS), functions, tokenizer)
+        towers = manifest["preprocessing"]
+        images = TowerImages(
+            frame=towers["segmenter"]["frame"],
+            fit=towers["segmenter"]["fit"],
+            encoder_size=towers["encoder"]["size"],
+            encoder_kind=towers["encoder"]["kind"],
+        )
+        return cls(manifest, _load_weights(directory / WEIGHTS), functions, tokenizer, images)
 
     def predict(self, image: UInt8[np.ndarray, "h w 3"], texts: Sequence[str]) -> Prediction:
         """Returns the masks of phrases in an image, which is encoded once.
@@ -106,9 +116,8 @@ class ExportedModel:
             )
         if not ids:
             raise UserError("expected at least one phrase, found none")
-        preprocessing = self.manifest["preprocessing"]
-        sam_image, sam_size = image_input.sam_input(image, preprocessing["segmenter"]["frame"])
-        encoder_image = image_input.encoder_input(image, preprocessing["encoder"]["size"])
+        sam_image, sam_size = self.images.segmenter(image)
+        encoder_image = self.images.encoder(image)
         sam_sizes = np.asarray([sam_size], np.int32)
         features = self._call("encode_image", sam_image[None], sam_sizes)
         most = self.manifest["phrase_buckets"][-1]
@@ -126,7 +135,7 @@ class ExportedModel:
     def _decode(
         self,
         features: Any,
-        encoder_image: Float32[np.ndarray, "1 e e 3"],
+        encoder_image: Float32[np.ndarray, "1 h w _"],
         ids: Sequence[Sequence[int]],
     ) -> tuple[Float32[np.ndarray, "k l l"], Float32[np.ndarray, " k"]]:
         """Decodes as many phrases as one bucket holds; the rest of the bucket repeats the first."""
@@ -211,7 +220,9 @@ def _is_function(value: Any) -> bool:
 _NEEDED: Mapping[tuple[str, ...], Callable[[Any], bool]] = {
     **{("functions", name): _is_function for name in FUNCTIONS},
     ("preprocessing", "segmenter", "frame"): _is_size,
+    ("preprocessing", "segmenter", "fit"): FITS.__contains__,
     ("preprocessing", "encoder", "size"): _is_size,
+    ("preprocessing", "encoder", "kind"): ENCODER.__contains__,
     ("max_text_tokens",): _is_size,
     ("phrase_buckets",): _are_sizes,
     ("token_buckets",): _are_sizes,

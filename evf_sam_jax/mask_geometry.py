@@ -5,8 +5,11 @@ resizes that to the image, both times bilinearly. All of it is linear and separa
 matrix a side: `rows @ logits @ columns.T`, without a frame-sized intermediate and without a shape
 that depends on the image. The loss, the metrics and prediction share it.
 
+A segmenter that images are stretched for has its masks resized to the image at once.
+
 Reference: `Sam.postprocess_masks` of hustvl/EVF-SAM at 9935dc5, `model/segment_anything/modeling/
-sam.py`, and `upsample_bilinear2d` of PyTorch (align_corners False, no antialias).
+sam.py`; `model/evf_effisam.py:247-273`, `model/evf_sam2.py:135-141`; and `upsample_bilinear2d` of
+PyTorch (align_corners False, no antialias).
 
 Differences: equal to the chain of `F.interpolate` inside the image up to rounding; zero outside.
 """
@@ -69,7 +72,7 @@ def resample_masks(
     sam_size: Int[Array, "b 2"],
     original_size: Int[Array, "b 2"],
     canvas: tuple[int, int],
-    frame: int,
+    frame: int | None,
     origin: Int[Array, "2"] | tuple[int, int] = (0, 0),
 ) -> Float[Array, "b k h w"]:
     """Returns logits at the original resolution, top-left on a canvas, zero outside the image.
@@ -79,11 +82,14 @@ def resample_masks(
       sam_size: height and width of the resized image within the frame.
       original_size: height and width of the original image.
       canvas: height and width of the result.
-      frame: side of the segmenter's frame.
+      frame: side of the segmenter's frame, which the image was padded to; None: the image was
+        stretched to all of it, so that masks are resized once, whatever `sam_size` says.
       origin: pixel of the original image at the canvas's top left; traced, so that one compiled
         function computes any tile of an image of any size.
     """
     low_res = low_res_logits.shape[-1]
+    if frame is None:  # as if the decoder's mask were the frame, and the image all of it
+        frame, sam_size = low_res, jnp.full_like(sam_size, low_res)
 
     def matrices(axis: int) -> Float[Array, "b n l"]:
         positions = jnp.arange(canvas[axis]) + jnp.asarray(origin)[axis]

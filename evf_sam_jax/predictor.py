@@ -27,8 +27,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
-from data_pipelines import image_input, tokenizers
-from evf_sam_jax import mask_geometry, model_dir
+from data_pipelines import tokenizers
+from evf_sam_jax import mask_geometry, model_dir, model_inputs
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
@@ -62,7 +62,7 @@ class InputImage:
     """
 
     sam_image: UInt8[np.ndarray, "s s 3"]
-    encoder_image: Float32[np.ndarray, "h w 3"]
+    encoder_image: Float32[np.ndarray, "h w _"]
     frame: Frame
 
 
@@ -78,7 +78,7 @@ class EncodedImage:
     """
 
     features: ImageFeatures
-    encoder_image: Float[Array, "1 h w 3"]
+    encoder_image: Float[Array, "1 h w _"]
     sam_size: Int[Array, "1 2"]
     frame: Frame
 
@@ -170,6 +170,7 @@ class Predictor:
       config: sizes, and the dtype of activations and matrix products.
       params: the model's parameters, on the device.
       tokenizer: turns phrases into token ids; None: only token ids can be given.
+      images: how both towers take an image.
     """
 
     def __init__(
@@ -177,8 +178,13 @@ class Predictor:
         config: evf_sam.EvfSamConfig,
         params: evf_sam.Params,
         tokenizer: tokenizers.Tokenizer | None = None,
+        antialias: bool = True,
     ):
+        """Args:
+        antialias: as of `model_inputs.tower_images`.
+        """
         self.config = config
+        self.images = model_inputs.tower_images(config, antialias)
         self.params = jax.device_put(params)
         self.tokenizer = tokenizer
 
@@ -205,8 +211,7 @@ class Predictor:
         config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(manifest.config), dtype)
         tokenizer = None
         if manifest.has_tokenizer:
-            tokenizer = tokenizers.load_tokenizer(path, config.encoder.max_text_tokens)
-            tokenizer.check_vocabulary(config.encoder.vocab_size)
+            tokenizer = model_inputs.load_tokenizer(path, config)
         check_parameters(path, config)
 
         def place(name: str, leaf: np.ndarray) -> jax.Array:
@@ -297,13 +302,11 @@ class Predictor:
                 "expected an image of uint8 pixels [height, width, 3], "
                 f"found {image.dtype} {list(image.shape)}"
             )
-        segmenter = self.config.segmenter
-        sam_image, content = image_input.sam_input(image, segmenter.image_size)
-        return InputImage(
-            sam_image,
-            image_input.encoder_input(image, self.config.encoder.image_size),
-            Frame((image.shape[0], image.shape[1]), content, segmenter.low_res_size),
-        )
+        size = image.shape[0], image.shape[1]
+        sam_image, content = self.images.segmenter(image)
+        low_res = self.config.segmenter.low_res_size
+        frame = Frame(size, content, self.images.prompt_frame(*size), low_res)
+        return InputImage(sam_image, self.images.encoder(image), frame)
 
     def token_ids(
         self, texts: Sequence[str] | None = None, text_ids: Sequence[Sequence[int]] | None = None
@@ -418,7 +421,7 @@ class Predictor:
         self, encoded: EncodedImage, low_res_logits: Float32[np.ndarray, "l l"]
     ) -> Float32[np.ndarray, "h w"]:
         """Returns one mask's logits at the size of the image, computed tile by tile."""
-        frame = self.config.segmenter.image_size
+        frame = evf_sam.padded_frame(self.config)
         height, width = encoded.size
         size = np.asarray([encoded.size], np.int32)
         logits = jax.device_put(low_res_logits[None, None])
@@ -446,7 +449,10 @@ class Predictor:
         Raises:
           UserError: as `predict`; or the encoder sees no image.
         """
-        if self.config.encoder.fusion == "text":
+        encoder = self.config.encoder
+        if not encoder.attention_map:
+            raise UserError(f"attention_map: expected BEiT-3 as encoder, found {encoder.family}")
+        if encoder.fusion == "text":
             raise UserError("attention_map: expected an encoder that sees the image, found text")
         [ids] = self.token_ids(*(([text], None) if isinstance(text, str) else (None, [text])))
         if isinstance(image, np.ndarray):
@@ -568,7 +574,7 @@ def _encode_images(
 def _encode_phrases(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
-    encoder_images: list[Float[Array, "1 h w 3"]],
+    encoder_images: list[Float[Array, "1 h w _"]],
     text_ids: Int[Array, "r 1 l"],
     text_valid: Bool[Array, "r 1 l"],
 ) -> Float[Array, "r 1 t c"]:
@@ -589,7 +595,7 @@ def _decode(
 
 
 def resample_tile(
-    frame: int,
+    frame: int | None,
     low_res_logits: Float[Array, "1 1 l l"],
     sam_size: Int[Array, "1 2"],
     size: Int[Array, "1 2"],

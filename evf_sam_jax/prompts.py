@@ -57,16 +57,19 @@ class Frame:
     Attributes:
       size: height and width of the image.
       content: height and width of the resized image, at the frame's top left.
+      extent: height and width of the image where points and boxes lie: those of its content, or of
+        the whole frame where that is stretched.
       low_res: side of a mask as the decoder gives it.
     """
 
     size: tuple[int, int]
     content: tuple[int, int]
+    extent: tuple[int, int]
     low_res: int
 
     def place(self, points: Float64[np.ndarray, "*s 2"]) -> Float32[np.ndarray, "*s 2"]:
         """Brings (x, y) of the image to the frame, in float64 as the original does."""
-        scale = [self.content[1] / self.size[1], self.content[0] / self.size[0]]
+        scale = [self.extent[1] / self.size[1], self.extent[0] / self.size[0]]
         return (points * np.asarray(scale)).astype(np.float32)
 
 
@@ -163,7 +166,8 @@ def stack_geometry(prompts: Sequence[Prompt]) -> Geometry:
     most = max(len(prompt.points) for prompt in prompts) + 1
     places = next(bucket for bucket in POINT_BUCKETS if most <= bucket)
     r = len(prompts)
-    points, boxes = np.zeros((r, places, 2), np.float32), np.zeros((r, 4), np.float32)
+    # EfficientSAM encodes where the places are that it fills prompts up with: at -1.
+    points, boxes = np.full((r, places, 2), -1.0, np.float32), np.zeros((r, 4), np.float32)
     labels, valid = np.full((r, places), -1, np.int32), np.zeros((r, places + 2), bool)
     for row, prompt in enumerate(prompts):
         n = len(prompt.points)

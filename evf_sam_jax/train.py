@@ -25,7 +25,7 @@ from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
 from data_pipelines.eval_pipeline import EvalRows, eval_dataset, eval_rows
 from data_pipelines.prepared import is_remote
-from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.checkpoints import Checkpoints, is_begun
 from evf_sam_jax.errors import UserError
@@ -35,6 +35,7 @@ from evf_sam_jax.flops import peak_flops
 from evf_sam_jax.initialize import finished_model, initial_params, tokenizer_directory
 from evf_sam_jax.metrics import IouSums, StepMetrics
 from evf_sam_jax.model_dir import path_leaves, require_space, write_model_dir
+from evf_sam_jax.model_inputs import load_tokenizer
 from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.param_rules import Params, match_rules, merge
 from evf_sam_jax.predictor import Predictor
@@ -78,8 +79,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
         being finite.
       Preempted: SIGTERM came, and the state is saved.
     """
-    tokenizer = load_tokenizer(tokenizer_directory(config), config.model.encoder.max_text_tokens)
-    tokenizer.check_vocabulary(config.model.encoder.vocab_size)
+    tokenizer = load_tokenizer(tokenizer_directory(config), config.model)
     workdir = run_directory(workdir)
     stages = make_stages(config, make_mesh(config.mesh))
     data = open_data(config)

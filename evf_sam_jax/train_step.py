@@ -19,6 +19,7 @@ from evf_sam_jax.models.evf_sam import (
     decode,
     encode_image,
     encode_phrases,
+    padded_frame,
     split_strided,
 )
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
@@ -68,7 +69,7 @@ def predict_masks(
         batch.sam_size,
         batch.original_size,
         batch.mask.shape[-2:],
-        config.segmenter.image_size,
+        padded_frame(config),
     )
 
 

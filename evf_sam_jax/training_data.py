@@ -22,6 +22,7 @@ from evf_sam_jax.experiment import (
     ShapesDataConfig,
     StageConfig,
 )
+from evf_sam_jax.model_inputs import tower_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,7 @@ def batch_spec(
         batch_size=batch_size,
         phrases=phrases,
         text_length=text_length,
-        frame=model.segmenter.image_size,
-        encoder_size=model.encoder.image_size,
+        images=tower_images(model),
         canvas=canvas,
         prompts=stage.prompts != "text",
         shrink=shrink,

@@ -98,7 +98,7 @@ class EvaluatedModel:
         self._params = self._place(params)
         self._encode = self._compiled(functools.partial(_encode, config), params=True)
         self._decode = self._compiled(functools.partial(_decode, config), params=True)
-        count = functools.partial(count_tile, config.segmenter.image_size, masks)
+        count = functools.partial(count_tile, evf_sam.padded_frame(config), masks)
         self._count = self._compiled(count, params=False)
 
     def encode(
@@ -110,7 +110,7 @@ class EvaluatedModel:
     def decode(
         self,
         features: ImageFeatures,
-        encoder_image: Float[Array, "n h w 3"],
+        encoder_image: Float[Array, "n h w _"],
         text_ids: Int32[np.ndarray, "n k l"],
         text_valid: Bool[np.ndarray, "n k l"],
     ) -> tuple[Float[Array, "n k l l"], Float[Array, "n k"]]:
@@ -148,7 +148,7 @@ class EvaluatedModel:
 
 
 def count_tile(
-    frame: int,
+    frame: int | None,
     masks: bool,
     logits: Float[Array, "n k l l"],
     sizes: Int[Array, "n 4"],
@@ -158,7 +158,7 @@ def count_tile(
     """Counts the pixels of masks in a square of each image.
 
     Args:
-      frame: side of the segmenter's frame.
+      frame: as of `resample_masks`.
       masks: whether to give the predictions too.
       logits: as the decoder gives them.
       sizes: height and width of the content of the frame, then of the original image.
@@ -206,7 +206,7 @@ def _decode(
     config: evf_sam.EvfSamConfig,
     params: Params,
     features: ImageFeatures,
-    encoder_image: Float[Array, "n h w 3"],
+    encoder_image: Float[Array, "n h w _"],
     text_ids: Int[Array, "n k l"],
     text_valid: Bool[Array, "n k l"],
 ) -> tuple[Float[Array, "n k l l"], Float[Array, "n k"]]:

@@ -36,6 +36,7 @@ from evf_sam_jax.evaluation.reading import Reader
 from evf_sam_jax.evaluation.rows import LeftOut, PhraseRow
 from evf_sam_jax.evaluation.scores import score_set, to_json
 from evf_sam_jax.evaluation.splits import EvaluationSet, open_sets, split_names
+from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.processes import on_first_process
 from evf_sam_jax.run_log import RunLog, clock, make_workdir, run_directory, run_files
 
@@ -143,8 +144,7 @@ def _run(
         tokenizer=model.tokenizer,
         devices=model.devices,
         batch_size=config.batch_size,
-        frame=model.config.segmenter.image_size,
-        encoder_size=model.config.encoder.image_size,
+        images=tower_images(model.config),
     )
     evaluated = evaluate_steps(model, reader, config.threads)
     waiting: list[Evaluated] = []

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from data_pipelines.shapes import SHAPES_TOKENIZER
-from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.checkpoints import (
     FOLDER,
     checksum,
@@ -22,6 +22,7 @@ from evf_sam_jax.checkpoints import (
 )
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.model_dir import nest, path_leaves, read_manifest
+from evf_sam_jax.model_inputs import load_tokenizer
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.predictor import Predictor
@@ -93,8 +94,7 @@ def _load_checkpoint(run: epath.Path, checkpoint: str, dtype: str) -> LoadedMode
     stage = begun[-1]
     step = _choose(run / FOLDER / stage, list_checkpoints(run, stage), checkpoint)
     config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(values["model"]), dtype)
-    tokenizer = load_tokenizer(_tokenizer_directory(values), config.encoder.max_text_tokens)
-    tokenizer.check_vocabulary(config.encoder.vocab_size)
+    tokenizer = load_tokenizer(_tokenizer_directory(values), config)
     leaves = path_leaves(read_averaged_params(run, stage, step))
     params = {
         path: jax.device_put(

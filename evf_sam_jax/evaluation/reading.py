@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 
-from data_pipelines.image_input import encoder_input, sam_input
 from data_pipelines.tokenizers import BOS_ID, EOS_ID, Tokenizer, pad_token_ids
+from data_pipelines.tower_images import TowerImages
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.count import IGNORED
 from evf_sam_jax.evaluation.grouping import Group, PlannedImage, Shape
@@ -36,7 +36,7 @@ class Images:
     rows: tuple[PlannedImage | None, ...]
     sam_image: UInt8[np.ndarray, "n s s 3"]
     sizes: Int32[np.ndarray, "n 4"]
-    encoder_image: Float32[np.ndarray, "n h w 3"]
+    encoder_image: Float32[np.ndarray, "n h w _"]
     ignore: tuple[Bool[np.ndarray, "_ _"] | None, ...]
     failed: tuple[str | None, ...]
 
@@ -116,8 +116,7 @@ class Reader:
       steps: the groups of each.
       devices: groups that a step has room for.
       batch_size: images that a group has room for.
-      frame: side of the segmenter's frame.
-      encoder_size: side of the multimodal encoder's image.
+      images: how both towers take an image.
     """
 
     sets: tuple[EvaluationSet, ...]
@@ -125,8 +124,7 @@ class Reader:
     tokenizer: Tokenizer
     devices: int
     batch_size: int
-    frame: int
-    encoder_size: int
+    images: TowerImages
 
     def rounds(self) -> list[tuple[int, int]]:
         """(step, round of it) of all rounds, in order."""
@@ -165,9 +163,9 @@ class Reader:
             except UserError as error:
                 failed[i] = str(error)
                 continue
-            _, sam_size = sam_input(example.image, self.frame, images.sam_image[i])
+            _, sam_size = self.images.segmenter(example.image, images.sam_image[i])
             images.sizes[i] = *sam_size, row.height, row.width
-            images.encoder_image[i] = encoder_input(example.image, self.encoder_size)
+            images.encoder_image[i] = self.images.encoder(example.image)
             ignore[i] = example.ignore
             targets[i] = RowTargets(row, chosen, example.phrases, example.masks)
         if images is not None:
@@ -177,12 +175,12 @@ class Reader:
         return Round(step, shape, images, text_ids, text_valid, tuple(targets), last)
 
     def _empty_images(self, rows: tuple[PlannedImage | None, ...]) -> Images:
-        n = len(rows)
+        n, frame = len(rows), self.images.frame
         return Images(
             rows=rows,
-            sam_image=np.zeros((n, self.frame, self.frame, 3), np.uint8),
+            sam_image=np.zeros((n, frame, frame, 3), np.uint8),
             sizes=np.ones((n, 4), np.int32),
-            encoder_image=np.zeros((n, self.encoder_size, self.encoder_size, 3), np.float32),
+            encoder_image=np.zeros((n, *self.images.encoder_shape), np.float32),
             ignore=(),
             failed=(),
         )

@@ -11,9 +11,8 @@ from data_pipelines.source import SEMANTIC_PREFIX
 from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.evaluation.scores import THRESHOLDS
 from evf_sam_jax.evaluation.splits import PAPER_SETS
-from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig
-from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.released import released_variant
 
 # Variant -> its name, and cIoU of `PAPER_SETS`.
 PAPER: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -48,15 +47,10 @@ def variant(config: EvfSamConfig, tokenizer: Tokenizer) -> str | None:
 
     The multi-task model is told by its tokenizer, which has a token of its own for `[semantic]`.
     """
-    large, base = EvfSamConfig.evf_sam(), EvfSamConfig.evf_sam_base()
-    if _sizes(config.segmenter) != _sizes(large.segmenter):
-        return None
-    if _sizes(config.encoder) == _sizes(base.encoder):
-        return "evf-sam-base"
-    if _sizes(config.encoder) != _sizes(large.encoder):
-        return None
-    alone = len(tokenizer.encode(SEMANTIC_PREFIX.strip())) == 3  # between <s> and </s>
-    return "evf-sam-multitask" if alone else "evf-sam"
+    name = released_variant(config)
+    if name == "evf-sam" and len(tokenizer.encode(SEMANTIC_PREFIX.strip())) == 3:
+        return "evf-sam-multitask"  # between <s> and </s>
+    return name if name in PAPER else None
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -174,9 +168,3 @@ def _percent(share: float) -> str:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _sizes(tower: Beit3Config | SamConfig) -> tuple[Any, ...]:
-    if isinstance(tower, SamConfig):
-        return tower.width, tower.depth, tower.image_size
-    return tower.width, tower.layers, tower.image_size, tower.fusion, tower.readout

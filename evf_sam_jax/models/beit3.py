@@ -15,14 +15,19 @@ Differences:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from evf_sam_jax.models.attention import attend, attention_weights
-from evf_sam_jax.models.config_checks import check_choice, check_multiple, check_values
+from evf_sam_jax.models.config_checks import (
+    check_choice,
+    check_early_layers,
+    check_multiple,
+    check_values,
+)
 from evf_sam_jax.models.layers import (
     TORCH_NORMAL,
     PatchConv,
@@ -55,8 +60,11 @@ class Beit3Config:
     Attributes:
       fusion: `early`: all tokens attend to each other; `late`: each modality to itself; `text`:
         there is no image.
+      early_layers: with early fusion, in how many of the first layers the modalities attend to each
+        other (paper Table 3, "L1-12"); None: in all of them. 0 equals late fusion.
       readout: the prompt feature: the image [CLS] token (the released models), the text's `<s>`,
-        the mean of the patch tokens, or image [CLS] and `<s>` concatenated along channels.
+        the mean of the patch tokens, or image [CLS] and `<s>` concatenated.
+      concat: along channels into one prompt token, or as two tokens; the paper does not say.
       init_stddev: of the truncated normal that draws weights where no checkpoint is loaded.
       dtype: of activations and matrix products.
       remat: what the backward pass recomputes of each layer, see `REMAT`.
@@ -71,15 +79,23 @@ class Beit3Config:
     patch_size: int = 16
     max_text_positions: int = 1024
     fusion: Fusion = "early"
+    early_layers: int | None = None
     readout: Readout = "image_cls"
+    concat: Literal["channels", "tokens"] = "channels"
     init_stddev: float = 0.02
     dtype: str = "bfloat16"
     remat: bool | str = False
+
+    family: ClassVar[str] = "beit3"
+    image_kind: ClassVar[str] = "beit3"
+    attention_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
         check_choice("encoder.fusion", self.fusion, tuple(READOUTS))
+        check_choice("encoder.concat", self.concat, ("channels", "tokens"))
+        check_early_layers(self.early_layers, self.fusion, self.layers)
         check_choice(
             f"encoder.readout with {self.fusion} fusion", self.readout, READOUTS[self.fusion]
         )
@@ -124,8 +140,13 @@ class Beit3Config:
 
     @property
     def prompt_width(self) -> int:
-        """Channels of the prompt feature."""
-        return 2 * self.width if self.readout == "concat" else self.width
+        """Channels of a prompt feature."""
+        return 2 * self.width // self.prompt_tokens if self.readout == "concat" else self.width
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt features of a phrase."""
+        return 2 if self.readout == "concat" and self.concat == "tokens" else 1
 
 
 # Image tokens ([CLS] first) and text tokens; None where the modality is absent.
@@ -209,7 +230,11 @@ class MultiwaySelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, queries: Streams, text_valid: Bool[Array, "n t"]
+        self,
+        streams: Streams,
+        queries: Streams,
+        text_valid: Bool[Array, "n t"],
+        together: Bool[Array, ""],
     ) -> Streams:
         """Attends from `queries` (tokens of `streams`, or fewer) to all tokens of `streams`."""
         config = self.config
@@ -226,8 +251,13 @@ class MultiwaySelfAttention(nn.Module):
             context = each(lambda name, asking: self.attend(asking, *present[name]), q)
         else:
             asking = jnp.concatenate([x for x in q if x is not None], axis=1)
-            all_of = (jnp.concatenate(x, axis=1) for x in zip(*present.values(), strict=True))
-            joint = self.attend(asking, *all_of)
+            keys, values, valid = (
+                jnp.concatenate(x, axis=1) for x in zip(*present.values(), strict=True)
+            )
+            allowed = None
+            if config.early_layers is not None:
+                allowed = together | (text_tokens(q)[:, None] == text_tokens(streams)[None])
+            joint = self.attend(asking, keys, values, valid, allowed)
             split = 0 if q[0] is None else q[0].shape[1]
             context = each(
                 lambda name, _: joint[:, :split] if name == "vision" else joint[:, split:], q
@@ -241,10 +271,17 @@ class MultiwaySelfAttention(nn.Module):
         k: Float[Array, "n s d"],
         v: Float[Array, "n s d"],
         valid: Bool[Array, "n s"],
+        allowed: Bool[Array, "a s"] | None = None,
     ) -> Float[Array, "n a d"]:
         q, k, v = (split_heads(x, self.config.heads) for x in (q, k, v))
-        context = attend(q, k, v, scale=q.shape[-1] ** -0.5, key_valid=valid)
+        context = attend(q, k, v, scale=q.shape[-1] ** -0.5, key_valid=valid, allowed=allowed)
         return context.reshape(*context.shape[:2], -1)
+
+
+def text_tokens(streams: Streams) -> Bool[Array, " s"]:
+    """Returns which of the tokens, in the order of attention, are of the text."""
+    vision, text = (0 if x is None else x.shape[1] for x in streams)
+    return jnp.concatenate([jnp.zeros(vision, bool), jnp.ones(text, bool)])
 
 
 class Layer(nn.Module):
@@ -257,9 +294,15 @@ class Layer(nn.Module):
         self,
         streams: Streams,
         text_valid: Bool[Array, "n t"],
+        together: Bool[Array, ""],
         keep: Kept = ALL_TOKENS,
     ) -> tuple[Streams, None]:
-        """Returns the tokens that `keep` names of each modality (None: no token of it)."""
+        """Returns the tokens that `keep` names of each modality (None: no token of it).
+
+        Args:
+          together: whether the modalities attend to each other, where `early_layers` leaves it to
+            the layer.
+        """
 
         def kept(pair: Streams) -> Streams:
             vision, text = pair
@@ -270,7 +313,7 @@ class Layer(nn.Module):
 
         normed = MultiwayNorm(self.config, name="self_attn_layer_norm")(streams)
         attention = MultiwaySelfAttention(self.config, name="self_attn")
-        streams = add(kept(streams), attention(normed, kept(normed), text_valid))
+        streams = add(kept(streams), attention(normed, kept(normed), text_valid, together))
         normed = MultiwayNorm(self.config, name="final_layer_norm")(streams)
         streams = add(streams, MultiwayFeedForward(self.config, name="ffn")(normed))
         return each(lambda _, x: split_by_batch(x), streams), None
@@ -332,7 +375,7 @@ class Beit3(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Flax forgets it)
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (Flax forgets it)
             length=config.layers - 1,
         )(config)
         self.last_layer = gathering(Layer)(config)
@@ -343,16 +386,23 @@ class Beit3(nn.Module):
         encoder_image: Float[Array, "b h w 3"],
         text_ids: Int[Array, "b k l"],
         text_valid: Bool[Array, "b k l"],
-    ) -> Float[Array, "b k 1 d"]:
-        """Returns the prompt feature of each phrase with its image, as `readout` says."""
+        image_valid: Bool[Array, "b h w"] | None = None,
+    ) -> Float[Array, "b k t d"]:
+        """Returns the prompt features of each phrase with its image, as `readout` says.
+
+        All of an image counts: `image_valid` is for encoders whose images differ in size.
+        """
         readout = self.config.readout
         keep = READOUT_TOKENS[readout]
+        if self.is_initializing():  # also what is not read out
+            self.encode(encoder_image, text_ids, text_valid)
         vision, text = self.encode(encoder_image, text_ids, text_valid, keep)
         if readout == "image_mean":
             assert vision is not None, "the mean of the patches needs an image"
             feature = vision[:, 1:].mean(axis=1, keepdims=True, dtype=jnp.float32)
         else:
-            feature = jnp.concatenate([x for x in (vision, text) if x is not None], axis=-1)
+            axis = 1 if self.config.prompt_tokens == 2 else -1
+            feature = jnp.concatenate([x for x in (vision, text) if x is not None], axis=axis)
         return feature.reshape(*text_ids.shape[:2], *feature.shape[1:])
 
     def encode(
@@ -384,8 +434,10 @@ class Beit3(nn.Module):
             vision = vision + positions(self.vision_positions, vision.shape[1])[None]
             vision = jnp.repeat(vision.astype(config.dtype), k, axis=0)
         streams = each(lambda _, x: split_by_batch(x), (vision, text))
-        streams, _ = self.layers(streams, text_valid)
-        streams, _ = self.last_layer(streams, text_valid, keep)
+        fused = config.early_layers
+        together = jnp.arange(config.layers) < (config.layers if fused is None else fused)
+        streams, _ = self.layers(streams, text_valid, together[:-1])
+        streams, _ = self.last_layer(streams, text_valid, together[-1], keep)
         return self.layer_norm(streams)
 
 

@@ -39,3 +39,18 @@ def check_multiple(config: Any, where: str, name: str, divisor_name: str) -> Non
         raise UserError(
             f"{where}.{name}: expected a multiple of {divisor_name} {divisor}, found {value}"
         )
+
+
+def check_early_layers(early_layers: Any, fusion: str, layers: int) -> None:
+    """Raises UserError unless it is None, or with early fusion a number of layers."""
+    if early_layers is None:
+        return
+    if fusion != "early":
+        raise UserError(
+            f"encoder.early_layers with {fusion} fusion: expected None, found {early_layers!r}"
+        )
+    if isinstance(early_layers, bool) or early_layers not in range(layers + 1):
+        raise UserError(
+            f"encoder.early_layers: expected None or a number from 0 to {layers}, "
+            f"found {early_layers!r}"
+        )

@@ -25,15 +25,26 @@ from evf_sam_jax.models.beit3 import (
     ALL_TOKENS,
     IMAGE_CLS,
     LAST_PROJECTIONS,
-    Beit3,
     Beit3Config,
     attention_to_patches,
 )
 from evf_sam_jax.models.config_checks import check_choice
-from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
+from evf_sam_jax.models.families import (
+    checked_keys,
+    make_encoder,
+    make_segmenter,
+    tower_from_dict,
+    tower_to_dict,
+)
+from evf_sam_jax.models.interfaces import (
+    EncoderConfig,
+    ImageFeatures,
+    MaskPrediction,
+    Prompts,
+    SegmenterConfig,
+)
 from evf_sam_jax.models.layers import Mlp, gathering
 from evf_sam_jax.models.sam.config import SamConfig
-from evf_sam_jax.models.sam.sam import Sam
 
 Params = dict[str, Any]
 
@@ -44,15 +55,27 @@ PROFILES = ("current", "legacy")
 
 @dataclasses.dataclass(frozen=True)
 class EvfSamConfig:
-    """Which encoder, which segmenter, and the preprocessing profile of the weights."""
+    """Which encoder, which segmenter, and the profile of the weights.
 
-    encoder: Beit3Config
-    segmenter: SamConfig
+    Attributes:
+      profile: of preprocessing and decoding, one of `PROFILES`.
+      projector_width: of the projector's hidden layer; None: as wide as its input, as in the
+        original.
+    """
+
+    encoder: EncoderConfig
+    segmenter: SegmenterConfig
     profile: str = "current"
+    projector_width: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a profile that there is none of."""
         check_choice("model.profile", self.profile, PROFILES)
+        width = self.projector_width
+        if width is not None and not (isinstance(width, int) and width > 0):
+            raise UserError(
+                f"model.projector_width: expected None or a positive integer, found {width!r}"
+            )
 
     @classmethod
     def evf_sam(cls) -> "EvfSamConfig":
@@ -71,33 +94,26 @@ class EvfSamConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-serialisable dict that `from_dict` reads."""
-        return dataclasses.asdict(self)
+        towers = {"encoder": self.encoder, "segmenter": self.segmenter}
+        rest = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in towers
+        }
+        return {name: tower_to_dict(tower) for name, tower in towers.items()} | rest
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "EvfSamConfig":
         """Raises UserError if a key is unknown or missing."""
         values = checked_keys(cls, values, "model")
-        return cls(
-            encoder=Beit3Config(**checked_keys(Beit3Config, values["encoder"], "model.encoder")),
-            segmenter=SamConfig(**checked_keys(SamConfig, values["segmenter"], "model.segmenter")),
-            **{key: value for key, value in values.items() if key not in ("encoder", "segmenter")},
-        )
+        for tower in ("encoder", "segmenter"):
+            values[tower] = tower_from_dict(tower, values[tower])
+        return cls(**values)
 
 
-def checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
-    """Returns `values` if they can construct the dataclass `cls`; UserError otherwise."""
-    if not isinstance(values, dict):
-        raise UserError(f"config {where}: expected keys with values, found {values!r}")
-    fields = dataclasses.fields(cls)
-    unknown = sorted(set(values) - {field.name for field in fields})
-    if unknown:
-        known = ", ".join(field.name for field in fields)
-        raise UserError(f"config {where}: unknown key {unknown[0]!r}, expected one of {known}")
-    required = {field.name for field in fields if field.default is dataclasses.MISSING}
-    missing = sorted(required - set(values))
-    if missing:
-        raise UserError(f"config {where}: key {missing[0]!r} is missing")
-    return dict(values)
+def padded_frame(config: EvfSamConfig) -> int | None:
+    """Side of the frame that images are padded to; None if they are stretched to all of it."""
+    return None if config.segmenter.stretches else config.segmenter.image_size
 
 
 # What a tensor of matrix products is called; all others (norms, biases, positional encodings, the
@@ -124,30 +140,31 @@ class EvfSam(nn.Module):
 
     def setup(self) -> None:
         encoder, channels = self.config.encoder, self.config.segmenter.out_channels
-        self.encoder = Beit3(encoder)
-        # The original's hidden layer is as wide as its input.
-        widths = (encoder.prompt_width, channels)
+        self.encoder = make_encoder(encoder)
+        widths = (self.config.projector_width or encoder.prompt_width, channels)
         self.projector = gathering(Mlp)(widths, "relu", encoder.dtype, ("hidden", "out"))
-        self.segmenter = Sam(self.config.segmenter)
+        self.segmenter = make_segmenter(self.config.segmenter, self.config.profile)
 
     def encode_image(self, sam_image, sam_size) -> ImageFeatures:
         return self.segmenter.encode_image(sam_image, sam_size)
 
     def encode_phrases(self, encoder_image, text_ids, text_valid) -> Float[Array, "b k t c"]:
-        return self.projector(self.encoder(encoder_image, text_ids, text_valid))
+        # A fourth channel says what is inside, where images differ in size.
+        pixels, inside = encoder_image[..., :3], encoder_image[..., 3:]
+        valid = inside[..., 0] > 0.5 if inside.shape[-1] else None
+        return self.projector(self.encoder(pixels, text_ids, text_valid, valid))
 
     def encoder_tokens(self, encoder_image, text_ids, text_valid, keep=ALL_TOKENS):
         return self.encoder.encode(encoder_image, text_ids, text_valid, keep)
 
-    def decode(self, features, prompts, multimask) -> MaskPrediction:
-        return self.segmenter.decode(features, prompts, multimask)
+    def decode(self, features, prompts, multimask, train) -> MaskPrediction:
+        return self.segmenter.decode(features, prompts, multimask, train)
 
     def touch_all_parameters(self) -> None:
         """Reaches every parameter once, so that initialisation creates all of them."""
         encoder, segmenter = self.config.encoder, self.config.segmenter
         image = jnp.zeros((1, encoder.image_size, encoder.image_size, 3), jnp.float32)
         ids, valid = jnp.zeros((1, 1, 2), jnp.int32), jnp.ones((1, 1, 2), bool)
-        self.encoder.encode(image, ids, valid)
         text = self.encode_phrases(image, ids, valid)
         side, low = segmenter.image_size, segmenter.low_res_size
         features = self.encode_image(
@@ -158,10 +175,10 @@ class EvfSam(nn.Module):
             points=jnp.zeros((1, 1, 1, 2), jnp.float32),
             point_labels=jnp.ones((1, 1, 1), jnp.int32),
             boxes=jnp.zeros((1, 1, 4), jnp.float32),
-            mask=jnp.zeros((1, 1, low, low), jnp.float32),
+            mask=jnp.zeros((1, 1, low, low), jnp.float32) if segmenter.mask_prompts else None,
         )
-        self.decode(features, prompts, multimask=False)
-        self.decode(features, Prompts(text=text), multimask=False)
+        self.decode(features, prompts, multimask=False, train=False)
+        self.decode(features, Prompts(text=text), multimask=False, train=False)
 
 
 # To optimise a program that runs once takes longer than it saves.
@@ -236,14 +253,15 @@ def join_strided(x: Array) -> Array:
 def encode_phrases(
     config: EvfSamConfig,
     params: Params,
-    encoder_image: Float[Array, "b h w 3"],
+    encoder_image: Float[Array, "b h w _"],
     text_ids: Int[Array, "b k l"],
     text_valid: Bool[Array, "b k l"],
 ) -> Float[Array, "b k t c"]:
     """Returns the prompt of each phrase with its image. Uses params["encoder"] and ["projector"].
 
     Args:
-      encoder_image: normalised for the multimodal encoder.
+      encoder_image: normalised for the multimodal encoder; where images differ in size, a fourth
+        channel is 1 inside and 0 at what fills up.
       text_ids: token ids, right-padded.
       text_valid: false at padding.
     """
@@ -253,7 +271,7 @@ def encode_phrases(
 def encoder_tokens(
     config: EvfSamConfig,
     params: Params,
-    encoder_image: Float[Array, "b h w 3"],
+    encoder_image: Float[Array, "b h w _"],
     text_ids: Int[Array, "b k l"],
     text_valid: Bool[Array, "b k l"],
 ) -> tuple[Float[Array, "n v d"] | None, Float[Array, "n l d"]]:
@@ -264,15 +282,16 @@ def encoder_tokens(
 def image_cls_attention(
     config: EvfSamConfig,
     params: Params,
-    encoder_image: Float[Array, "b h w 3"],
+    encoder_image: Float[Array, "b h w _"],
     text_ids: Int[Array, "b k l"],
     text_valid: Bool[Array, "b k l"],
 ) -> Float[Array, "b k g g"]:
-    """Returns how much the encoder's image [CLS] attends to each patch in its last layer.
+    """Returns how much BEiT-3's image [CLS] attends to each patch in its last layer.
 
     Summed over heads, as in the paper's Figure 5. Uses params["encoder"]. The last layer's queries
     and keys are caught as they pass, so that nothing of the model knows of this.
     """
+    assert isinstance(config.encoder, Beit3Config), "only BEiT-3 has this attention"
 
     def is_last_projection(module: nn.Module, _: str) -> bool:
         return module.path[1:] in LAST_PROJECTIONS.values()
@@ -310,6 +329,7 @@ def decode(
     features: ImageFeatures,
     prompts: Prompts,
     multimask: bool = False,
+    train: bool = False,
 ) -> MaskPrediction:
     """Decodes k prompts of each image. Uses params["segmenter"].
 
@@ -317,5 +337,6 @@ def decode(
       features: from `encode_image`.
       prompts: any combination of text, points, boxes and masks.
       multimask: three alternatives a prompt instead of one mask.
+      train: whether the mask is to be learnt from: some segmenters choose it otherwise then.
     """
-    return _apply(config, params, EvfSam.decode, features, prompts, multimask)
+    return _apply(config, params, EvfSam.decode, features, prompts, multimask, train)

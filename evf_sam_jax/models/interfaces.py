@@ -1,9 +1,10 @@
-"""What every promptable segmenter takes and returns, whatever its family.
+"""What every multimodal encoder and every promptable segmenter offers, whatever its family.
 
 Everything is [b, k, ...]: b images with k prompts (phrases) each. Only encoders repeat images.
 """
 
 import dataclasses
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -59,3 +60,94 @@ class MaskPrediction:
 
     low_res_logits: Float[Array, "b k m l l"]
     iou: Float[Array, "b k m"]
+
+
+@runtime_checkable
+class EncoderConfig(Protocol):
+    """The configuration of a multimodal encoder, a frozen dataclass.
+
+    Its module is `Module(config)` with
+    `__call__(encoder_image [b,h,w,3], text_ids [b,k,l], text_valid [b,k,l], image_valid [b,h,w] |
+    None) -> [b,k,t,d]`: the prompt features of each phrase with its image.
+
+    Attributes:
+      family: its name in `families.ENCODERS`.
+      image_kind: how the host prepares its image, one of `data_pipelines.tower_images.ENCODER`.
+      attention_map: whether `evf_sam.image_cls_attention` can show where it looks.
+      image_size: side of that image.
+      fusion: how image and text meet; "text": there is no image.
+      readout: what is read out of the tokens.
+      width: channels of its tokens.
+      prompt_width: d, channels of a prompt feature.
+      prompt_tokens: t, features a phrase.
+      max_text_tokens: the longest phrase, begin and end included.
+      vocab_size: rows of the text embedding.
+      dtype: of activations and matrix products.
+      remat: what the backward pass recomputes of each layer, see `config_checks.REMAT`.
+    """
+
+    family: ClassVar[str]
+    image_kind: ClassVar[str]
+    attention_map: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def fusion(self) -> str: ...
+    @property
+    def readout(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def prompt_width(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def max_text_tokens(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def remat(self) -> bool | str: ...
+
+
+@runtime_checkable
+class SegmenterConfig(Protocol):
+    """The configuration of a promptable segmenter, a frozen dataclass.
+
+    Its module is `Module(config, profile)` with `encode_image(image uint8 [b,s,s,3], size [b,2]) ->
+    ImageFeatures` and `decode(features, prompts, multimask, train) -> MaskPrediction`.
+
+    Attributes:
+      family: its name in `families.SEGMENTERS`.
+      stretches: whether an image fills the square frame whatever its sides, so that a mask is
+        resized to it at once; otherwise the longer side fills it, and masks are cropped.
+      mask_prompts: whether an earlier mask can be a prompt.
+      image_size: s, side of the frame in pixels.
+      low_res_size: l, side of the decoder's masks.
+      out_channels: channels of a prompt token.
+      dtype: of activations and matrix products of the image encoder.
+      remat: what the backward pass recomputes of each block, see `config_checks.REMAT`.
+      encoder_chunk: images encoded at a time, None: all of them; on a mesh, those of all its
+        devices together.
+    """
+
+    family: ClassVar[str]
+    stretches: ClassVar[bool]
+    mask_prompts: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def low_res_size(self) -> int: ...
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def remat(self) -> bool | str: ...
+    @property
+    def encoder_chunk(self) -> int | None: ...

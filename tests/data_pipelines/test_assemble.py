@@ -9,11 +9,17 @@ from data_pipelines.assemble import BatchSpec, Example, Slot, assemble, draw_box
 from data_pipelines.image_input import encoder_input, sam_input
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tower_images import TowerImages
 from evf_sam_jax.errors import UserError
 
 TOKENIZER = load_tokenizer(SHAPES_TOKENIZER)
 SPEC = BatchSpec(
-    batch_size=2, phrases=3, text_length=8, frame=48, encoder_size=32, canvas=(40, 60), prompts=True
+    batch_size=2,
+    phrases=3,
+    text_length=8,
+    images=TowerImages(frame=48, encoder_size=32),
+    canvas=(40, 60),
+    prompts=True,
 )
 
 
@@ -35,7 +41,6 @@ def test_every_field_holds_the_example():
     np.testing.assert_array_equal(batch.sam_image[0], frame)
     np.testing.assert_array_equal(batch.sam_size[0], size)
     np.testing.assert_array_equal(batch.encoder_image[0], encoder_input(one.image, 32))
-    assert batch.encoder_image_valid.all()
     np.testing.assert_array_equal(batch.original_size[0], (30, 50))
     np.testing.assert_array_equal(batch.mask[0, :2, :30, :50], one.masks)
     assert batch.mask.sum() == one.masks.sum()

@@ -7,8 +7,11 @@ from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch, copied
 from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
 from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tower_images import TowerImages
 
-SPEC = BatchSpec(1, phrases=4, text_length=16, frame=32, encoder_size=16, canvas=(128, 128))
+SPEC = BatchSpec(
+    1, phrases=4, text_length=16, images=TowerImages(frame=32, encoder_size=16), canvas=(128, 128)
+)
 
 
 def a_batch() -> Batch:

@@ -24,6 +24,7 @@ from data_pipelines.mixture import Mixture, exclude_images
 from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
 from data_pipelines.source import Entry, Source
 from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tower_images import TowerImages
 from data_pipelines.train_pipeline import iterate, train_dataset
 from evf_sam_jax.errors import UserError
 from tests.data_pipelines.tiny_dataset import TinyDataset
@@ -34,8 +35,7 @@ SPEC = BatchSpec(
     batch_size=4,
     phrases=4,
     text_length=16,
-    frame=32,
-    encoder_size=16,
+    images=TowerImages(frame=32, encoder_size=16),
     canvas=(128, 128),
     prompts=True,
 )

@@ -23,6 +23,7 @@ from data_pipelines.prepared import decode_record, encode_record, open_prepared
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.source import IndexedSource, LooseFiles, ReadingRules
 from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tower_images import TowerImages
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.errors import UserError
 from tests.data_pipelines.refer_files import write_refer_root
@@ -131,7 +132,11 @@ def test_batches_of_worker_processes_equal_those_of_the_loose_files(root: Path, 
     prepared = open_prepared(tmp_path / "out" / "tiny" / "val")
     prepared[0]  # what is open here must not hinder it from going to another process
     spec = BatchSpec(
-        batch_size=4, phrases=4, text_length=16, frame=32, encoder_size=16, canvas=(64, 64)
+        batch_size=4,
+        phrases=4,
+        text_length=16,
+        images=TowerImages(frame=32, encoder_size=16),
+        canvas=(64, 64),
     )
     loose = [*eval_dataset(dataset.source(root, "val"), tokenizer, spec)]
     with iterate(eval_dataset(prepared, tokenizer, spec), workers=2) as batches:

@@ -234,7 +234,6 @@ def our_batch(given: Inputs) -> Batch:
         sam_image=np.stack(given.frames),
         sam_size=np.asarray(given.frame_sizes, np.int32),
         encoder_image=encoder_image,
-        encoder_image_valid=np.ones(encoder_image.shape[:3], bool),
         text_ids=ids,
         text_valid=valid,
         phrase_valid=phrase_valid,

@@ -21,6 +21,7 @@ from evf_sam_jax.collectives import collective_bytes
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models import attention
 from evf_sam_jax.sharding import (
     LARGE,
@@ -59,8 +60,7 @@ def batch() -> Batch:
         batch_size=IMAGES,
         phrases=3,
         text_length=TEXT_LENGTH,
-        frame=MODEL.segmenter.image_size,
-        encoder_size=MODEL.encoder.image_size,
+        images=tower_images(MODEL),
         canvas=CANVAS,
     )
     slots = []

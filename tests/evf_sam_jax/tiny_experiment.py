@@ -15,6 +15,7 @@ from evf_sam_jax.experiment import (
     ShapesDataConfig,
     StageConfig,
 )
+from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.optimizer import OptimizerConfig
@@ -88,8 +89,7 @@ def batch(prompts: bool) -> Batch:
         batch_size=2,
         phrases=len(COLOURS),
         text_length=TEXT_LENGTH,
-        frame=MODEL.segmenter.image_size,
-        encoder_size=MODEL.encoder.image_size,
+        images=tower_images(MODEL),
         canvas=CANVAS,
         prompts=prompts,
     )

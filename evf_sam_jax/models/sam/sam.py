@@ -21,9 +21,10 @@ from evf_sam_jax.models.sam.prompt_encoder import PromptEncoder
 
 
 class Sam(nn.Module):
-    """The promptable segmenter."""
+    """The promptable segmenter; both profiles mean the same to it."""
 
     config: SamConfig
+    profile: str
 
     def setup(self) -> None:
         self.image_encoder = ImageEncoder(self.config)
@@ -39,9 +40,9 @@ class Sam(nn.Module):
         return ImageFeatures(embedding=self.image_encoder(image, size))
 
     def decode(
-        self, features: ImageFeatures, prompts: Prompts, multimask: bool = False
+        self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool
     ) -> MaskPrediction:
-        """Decodes k prompts of each of b images."""
+        """Decodes k prompts of each of b images, in training as ever."""
         sparse, dense = self.prompt_encoder(prompts)
         b, k = sparse.shape[:2]
         image = features.embedding.astype(jnp.float32)[:, None] + dense

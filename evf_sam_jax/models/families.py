@@ -1,0 +1,94 @@
+"""Which towers there are: the one place that knows a family by its name.
+
+A family is a configuration and a module. What they must offer is in `interfaces.py`; nothing else
+asks which family a tower is of.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
+from evf_sam_jax.models.efficient_sam.efficient_sam import EfficientSam
+from evf_sam_jax.models.interfaces import EncoderConfig, SegmenterConfig
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.sam import Sam
+from evf_sam_jax.models.sam2.config import Sam2Config
+from evf_sam_jax.models.sam2.sam2 import Sam2
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A configuration class, and the module that it configures."""
+
+    config: type
+    module: type[nn.Module]
+
+
+ENCODERS = {
+    "beit3": Family(Beit3Config, Beit3),
+}
+SEGMENTERS = {
+    "sam": Family(SamConfig, Sam),
+    "sam2": Family(Sam2Config, Sam2),
+    "efficient_sam": Family(EfficientSamConfig, EfficientSam),
+}
+
+# Of what was written when there was one family of each.
+_FIRST = {"encoder": "beit3", "segmenter": "sam"}
+
+
+def tower_to_dict(config: EncoderConfig | SegmenterConfig) -> dict[str, Any]:
+    """Returns a JSON-serialisable dict that `tower_from_dict` reads."""
+    return {"family": config.family, **dataclasses.asdict(config)}
+
+
+def tower_from_dict(tower: str, values: Any) -> Any:
+    """Returns the configuration of the family that `values` name.
+
+    Args:
+      tower: "encoder" or "segmenter".
+
+    Raises:
+      UserError: there is no such family, a key is unknown or missing, or a value is not possible.
+    """
+    where = f"model.{tower}"
+    families = ENCODERS if tower == "encoder" else SEGMENTERS
+    if not isinstance(values, dict):
+        raise UserError(f"config {where}: expected keys with values, found {values!r}")
+    values = dict(values)
+    name = values.pop("family", _FIRST[tower])
+    if name not in families:
+        known = ", ".join(families)
+        raise UserError(f"config {where}.family: expected one of {known}, found {name!r}")
+    family = families[name]
+    return family.config(**checked_keys(family.config, values, where))
+
+
+def make_encoder(config: EncoderConfig) -> Any:
+    """Returns the multimodal encoder, unbound."""
+    return ENCODERS[config.family].module(config)
+
+
+def make_segmenter(config: SegmenterConfig, profile: str) -> Any:
+    """Returns the promptable segmenter, unbound; `profile` as of `EvfSamConfig`."""
+    return SEGMENTERS[config.family].module(config, profile)
+
+
+def checked_keys(cls: type, values: Any, where: str) -> dict[str, Any]:
+    """Returns `values` if they can construct the dataclass `cls`; UserError otherwise."""
+    if not isinstance(values, dict):
+        raise UserError(f"config {where}: expected keys with values, found {values!r}")
+    fields = dataclasses.fields(cls)
+    unknown = sorted(set(values) - {field.name for field in fields})
+    if unknown:
+        known = ", ".join(field.name for field in fields)
+        raise UserError(f"config {where}: unknown key {unknown[0]!r}, expected one of {known}")
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"config {where}: key {missing[0]!r} is missing")
+    return dict(values)
