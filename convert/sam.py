@@ -4,6 +4,7 @@ Names: facebookresearch/segment-anything at dca509f, `modeling/*.py`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from convert.checkpoint_files import open_file
@@ -20,7 +21,7 @@ from convert.table import (
 from convert.to_model_dir import Conversion, leaf_shapes
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
-from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam.config import DecoderConfig, SamConfig
 
 _POSITIONS = "image_encoder.pos_embed"
 
@@ -37,18 +38,18 @@ def table(config: SamConfig) -> Table:
     windowed = config.global_every - 1
     blocks = range(config.depth)
     names = {
-        "projection": ("q_proj", "k_proj", "v_proj", "out_proj"),
-        "cross": ("cross_attn_token_to_image", "cross_attn_image_to_token"),
-        "two_way_norm": ("norm1", "norm2", "norm3", "norm4"),
         "block_norm": ("norm1", "norm2"),
         "lin": ("lin1", "lin2"),
         "axis": ("rel_pos_h", "rel_pos_w"),
-        "two_way": tuple(str(layer) for layer in range(config.decoder_depth)),
-        "head": ("0", "1", "2"),
     }
     return Table(
-        rules=(*_image_encoder(), *_prompt_encoder(), *_mask_decoder()),
+        rules=(
+            *_image_encoder(),
+            *prompt_encoder_rules("prompt_encoder"),
+            *mask_decoder_rules("mask_decoder"),
+        ),
         fields={field: {name: name for name in values} for field, values in names.items()}
+        | decoder_fields(config)
         | {
             "window_block": {
                 str(block): (block // config.global_every, block % config.global_every)
@@ -60,10 +61,29 @@ def table(config: SamConfig) -> Table:
                 for block in blocks
                 if block % config.global_every == windowed
             },
-            "point": {str(label): (label,) for label in range(4)},
-            "mask": {str(token): (token,) for token in range(config.num_multimask + 1)},
         },
     )
+
+
+def decoder_fields(config: DecoderConfig) -> dict[str, Mapping[str, str | tuple[int, ...]]]:
+    """The fields of `prompt_encoder_rules` and `mask_decoder_rules`, but for "lin".
+
+    That is the two layers of a transformer's MLP, which are called differently in SAM-2.
+    """
+    names = {
+        "projection": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "cross": ("cross_attn_token_to_image", "cross_attn_image_to_token"),
+        "two_way_norm": ("norm1", "norm2", "norm3", "norm4"),
+        "two_way": tuple(str(layer) for layer in range(config.decoder_depth)),
+        "head": ("0", "1", "2"),
+    }
+    fields: dict[str, Mapping[str, str | tuple[int, ...]]] = {
+        field: {name: name for name in values} for field, values in names.items()
+    }
+    return fields | {
+        "point": {str(label): (label,) for label in range(4)},
+        "mask": {str(token): (token,) for token in range(config.num_multimask + 1)},
+    }
 
 
 def _image_encoder() -> tuple[Rule, ...]:
@@ -90,36 +110,55 @@ def _block(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def _prompt_encoder() -> tuple[Rule, ...]:
+def prompt_encoder_rules(source: str) -> tuple[Rule, ...]:
+    """The rules of a prompt encoder that is called `source`."""
     target = "segmenter/prompt_encoder"
-    source, downscaling = "prompt_encoder.mask_downscaling", f"{target}/mask_downscaling"
+    masks = (f"{source}.mask_downscaling", f"{target}/mask_downscaling")
     gaussian = "pe_layer{}positional_encoding_gaussian_matrix"
     return (
-        Rule(f"prompt_encoder.{gaussian.format('.')}", f"{target}/{gaussian.format('/')}"),
+        Rule(f"{source}.{gaussian.format('.')}", f"{target}/{gaussian.format('/')}"),
         Rule(
-            "prompt_encoder.point_embeddings.{point}.weight",
+            f"{source}.point_embeddings.{{point}}.weight",
             f"{target}/point_embeddings",
             DROP_LEADING_ONE,
         ),
-        Rule(
-            "prompt_encoder.not_a_point_embed.weight",
-            f"{target}/not_a_point_embed",
-            DROP_LEADING_ONE,
-        ),
-        Rule("prompt_encoder.no_mask_embed.weight", f"{target}/no_mask_embed", DROP_LEADING_ONE),
-        *weight_and_bias(f"{source}.0", f"{downscaling}/conv1", CONV),
-        *norm(f"{source}.1", f"{downscaling}/norm1"),
-        *weight_and_bias(f"{source}.3", f"{downscaling}/conv2", CONV),
-        *norm(f"{source}.4", f"{downscaling}/norm2"),
-        *weight_and_bias(f"{source}.6", f"{downscaling}/conv3", CONV),
+        Rule(f"{source}.not_a_point_embed.weight", f"{target}/not_a_point_embed", DROP_LEADING_ONE),
+        Rule(f"{source}.no_mask_embed.weight", f"{target}/no_mask_embed", DROP_LEADING_ONE),
+        *weight_and_bias(f"{masks[0]}.0", f"{masks[1]}/conv1", CONV),
+        *norm(f"{masks[0]}.1", f"{masks[1]}/norm1"),
+        *weight_and_bias(f"{masks[0]}.3", f"{masks[1]}/conv2", CONV),
+        *norm(f"{masks[0]}.4", f"{masks[1]}/norm2"),
+        *weight_and_bias(f"{masks[0]}.6", f"{masks[1]}/conv3", CONV),
     )
 
 
-def _mask_decoder() -> tuple[Rule, ...]:
-    source, target = "mask_decoder", "segmenter/mask_decoder"
+def mask_decoder_rules(source: str) -> tuple[Rule, ...]:
+    """The rules of a mask decoder that is called `source`."""
+    target = "segmenter/mask_decoder"
+    upscaling = (f"{source}.output_upscaling", f"{target}/output_upscaling")
+    return (
+        *transformer_rules(source),
+        *weight_and_bias(f"{upscaling[0]}.0", f"{upscaling[1]}/conv1", CONV_TRANSPOSE),
+        *norm(f"{upscaling[0]}.1", f"{upscaling[1]}/norm"),
+        *weight_and_bias(f"{upscaling[0]}.3", f"{upscaling[1]}/conv2", CONV_TRANSPOSE),
+        *weight_and_bias(
+            f"{source}.output_hypernetworks_mlps.{{mask}}.layers.{{head}}",
+            f"{target}/output_hypernetworks_mlps/layers_{{head}}",
+            LINEAR,
+        ),
+        *weight_and_bias(
+            f"{source}.iou_prediction_head.layers.{{head}}",
+            f"{target}/iou_prediction_head/layers_{{head}}",
+            LINEAR,
+        ),
+    )
+
+
+def transformer_rules(source: str) -> tuple[Rule, ...]:
+    """The rules of a mask decoder's tokens and transformer."""
+    target = "segmenter/mask_decoder"
     layer = (f"{source}.transformer.layers.{{two_way}}", f"{target}/transformer/layers_{{two_way}}")
     final = "transformer{}final_attn_token_to_image{}{{projection}}"
-    upscaling = (f"{source}.output_upscaling", f"{target}/output_upscaling")
     return (
         Rule(f"{source}.iou_token.weight", f"{target}/iou_token"),
         Rule(f"{source}.mask_tokens.weight", f"{target}/mask_tokens"),
@@ -135,19 +174,6 @@ def _mask_decoder() -> tuple[Rule, ...]:
             f"{source}.{final.format('.', '.')}", f"{target}/{final.format('/', '/')}", LINEAR
         ),
         *norm(f"{source}.transformer.norm_final_attn", f"{target}/transformer/norm_final_attn"),
-        *weight_and_bias(f"{upscaling[0]}.0", f"{upscaling[1]}/conv1", CONV_TRANSPOSE),
-        *norm(f"{upscaling[0]}.1", f"{upscaling[1]}/norm"),
-        *weight_and_bias(f"{upscaling[0]}.3", f"{upscaling[1]}/conv2", CONV_TRANSPOSE),
-        *weight_and_bias(
-            f"{source}.output_hypernetworks_mlps.{{mask}}.layers.{{head}}",
-            f"{target}/output_hypernetworks_mlps/layers_{{head}}",
-            LINEAR,
-        ),
-        *weight_and_bias(
-            f"{source}.iou_prediction_head.layers.{{head}}",
-            f"{target}/iou_prediction_head/layers_{{head}}",
-            LINEAR,
-        ),
     )
 
 

@@ -23,6 +23,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
+_LISTED = 5  # tensors kept aside for one reason that a note spells out
+
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
@@ -129,8 +131,20 @@ def _source_dtypes(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
     return {"default": default} | {key: one for key, one in dtypes.items() if one != default}
 
 
+def _kept_aside(passthrough: Mapping[str, str]) -> list[str]:
+    """What is kept aside, with the reason: every tensor, or one of many with the same reason."""
+    notes = []
+    for reason in dict.fromkeys(passthrough.values()):
+        keys = [key for key, one in passthrough.items() if one == reason]
+        if len(keys) > _LISTED:
+            notes.append(f"{len(keys)} tensors such as {keys[0]} are kept aside: {reason}")
+        else:
+            notes += [f"{key} is kept aside: {reason}" for key in keys]
+    return notes
+
+
 def _notes(conversion: Conversion, manifest: Manifest) -> list[str]:
-    notes = [f"{key} is kept aside: {reason}" for key, reason in manifest.passthrough.items()]
+    notes = _kept_aside(manifest.passthrough)
     if manifest.cast_to is not None and set(manifest.source_dtypes.values()) != {manifest.cast_to}:
         notes.append(
             f"parameters were cast to {manifest.cast_to}: what that rounds cannot go back "
