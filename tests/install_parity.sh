@@ -12,11 +12,15 @@ python="${PYTHON:-python}"
 # no longer build; tests/parity/originals.py stands in for the few functions they use.
 "$python" -m pip install --no-deps "segment-anything==1.0"
 "$python" -m pip install --no-deps "torchscale==0.2.0"
+# sam2 comes as source, whose setup.py imports torch; its CUDA kernels are of no use here.
+"$python" -m pip install "setuptools>=77"
+SAM2_BUILD_CUDA=0 "$python" -m pip install --no-deps --no-build-isolation "sam2==1.1.0"
 
 cd "$(dirname "$0")/.."
 "$python" -c "
 from tests.parity import originals
 originals.segment_anything()
 originals.torchscale_beit3()
+originals.sam2()
 print('the originals import: pytest -m torch can run')
 "

@@ -7,27 +7,35 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.parity import beit3_cases, sam_cases
+from tests.parity import beit3_cases, sam2_cases, sam_cases
 
 FOLDER = Path(__file__).parent
 
 
 def thinned(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Keeps every third row and column of the masks."""
+    """Keeps every third row and column of the masks and of features at a high resolution."""
     return {
-        name: value[..., ::3, ::3] if name.endswith("logits") else value
+        name: value[..., ::3, ::3]
+        if name.endswith("logits")
+        else value[::3, ::3]
+        if name.startswith("high_res")
+        else value
         for name, value in outputs.items()
     }
 
 
 def main() -> None:
-    outputs = {
-        f"sam_{name}": sam_cases.original_outputs(config, sam_cases.combinations(name))
-        for name, config in sam_cases.CONFIGS.items()
-    } | {
-        f"beit3_{name}": beit3_cases.original_outputs(config)
-        for name, config in beit3_cases.CONFIGS.items()
-    }
+    outputs = (
+        {
+            f"sam_{name}": sam_cases.original_outputs(config, sam_cases.combinations(name))
+            for name, config in sam_cases.CONFIGS.items()
+        }
+        | {f"sam2_{name}": sam2_cases.original_outputs(name) for name in sam2_cases.CONFIGS}
+        | {
+            f"beit3_{name}": beit3_cases.original_outputs(config)
+            for name, config in beit3_cases.CONFIGS.items()
+        }
+    )
     for name, arrays in outputs.items():
         np.savez_compressed(FOLDER / f"{name}.npz", **thinned(arrays))
 

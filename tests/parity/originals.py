@@ -1,10 +1,10 @@
 """Imports of the PyTorch originals that the `torch` tier compares with, from their PyPI packages.
 
-`segment-anything` 1.0 and `torchscale` 0.2.0 are installed by `tests/install_parity.sh` without
-their dependencies, which would bring gigabytes and, for `timm` 0.4.12, code that no longer runs.
-Of those dependencies they use five functions at import time and two at run time; here these are
-stand-ins that exist only while the originals are being imported, so that no other package takes
-them for the real thing.
+`segment-anything` 1.0, `torchscale` 0.2.0 and `sam2` 1.1.0 are installed by
+`tests/install_parity.sh` without their dependencies, which would bring gigabytes and, for `timm`
+0.4.12, code that no longer runs. Of those dependencies they use a few functions at import time and
+two at run time; here these are stand-ins that exist only while the originals are being imported, so
+that no other package takes them for the real thing.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from PIL import Image
 
 def missing_originals() -> list[str]:
     """The packages of the `torch` tier that are not installed."""
-    needed = ("torch", "segment_anything", "torchscale")
+    needed = ("torch", "segment_anything", "torchscale", "sam2")
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
@@ -57,6 +57,27 @@ def torchscale_beit3() -> tuple[type, type]:
     return model.BEiT3, config.EncoderConfig
 
 
+def sam2() -> types.ModuleType:
+    """The package `sam2`; `modeling` needs torch only, and so does `sam2_image_predictor` imported.
+
+    What reads its yaml files and what resizes images raise.
+    """
+    with _standing_in(
+        {
+            "hydra": {"initialize_config_module": lambda *_args, **_kwargs: None},
+            "hydra.core.global_hydra": {"GlobalHydra": _NoHydra},
+            "iopath.common.file_io": {"g_pathmgr": _refuse},
+            "torchvision.transforms": dict.fromkeys(("Normalize", "Resize", "ToTensor"), _refuse),
+        }
+    ):
+        package = importlib.import_module("sam2")
+        importlib.import_module("sam2.modeling.sam2_base")
+        importlib.import_module("sam2.modeling.backbones.image_encoder")
+        importlib.import_module("sam2.modeling.backbones.hieradet")
+        importlib.import_module("sam2.sam2_image_predictor")
+    return package
+
+
 @contextlib.contextmanager
 def _standing_in(modules: dict[str, dict[str, Callable]]) -> Iterator[None]:
     """Puts modules of the given names and attributes, and their parents, before the real ones."""
@@ -80,6 +101,17 @@ def _standing_in(modules: dict[str, dict[str, Callable]]) -> Iterator[None]:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+class _NoHydra:
+    """A hydra that is initialised, so that nobody does it."""
+
+    @classmethod
+    def instance(cls) -> "_NoHydra":
+        return cls()
+
+    def is_initialized(self) -> bool:
+        return True
 
 
 def _resize_pil(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -1,6 +1,7 @@
 """Sizes of a SAM-2 model, one constructor per released checkpoint."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 from evf_sam_jax.errors import UserError
@@ -71,9 +72,9 @@ class Sam2Config:
 
     width: int
     heads: int
-    stages: tuple[int, ...]
-    global_blocks: tuple[int, ...]
-    windows: tuple[int, ...] = (8, 4, 14, 7)
+    stages: Sequence[int]
+    global_blocks: Sequence[int]
+    windows: Sequence[int] = (8, 4, 14, 7)
     position_grid: int = 7
     image_size: int = 1024
     mlp_ratio: int = 4
