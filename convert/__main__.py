@@ -8,11 +8,21 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from convert import beit3, evf_sam, sam
+from convert import beit3, efficient_sam, evf_sam, sam, sam2
 from convert.inspect_model import inspect_model
 from convert.to_model_dir import DTYPES, Conversion, write_conversion
 from convert.to_torch import write_torch
 from evf_sam_jax.errors import UserError, run_command
+from evf_sam_jax.models.evf_sam import PROFILES
+
+
+# Command -> its module, what it converts, and what it reads; the size follows from the shapes.
+_TOWERS = {
+    "sam": (sam, "a Segment Anything checkpoint, ViT-B, L or H", "FILE"),
+    "sam2": (sam2, "a SAM 2 or SAM 2.1 checkpoint, Hiera T, S, B+ or L", "FILE"),
+    "efficient-sam": (efficient_sam, "an EfficientSAM checkpoint, T or S", "FILE"),
+    "beit3": (beit3, "a BEiT-3 checkpoint, base or large", "FILE"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,29 +47,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE_DIR", type=Path)
     _add_target(command)
 
-    command = commands.add_parser(
-        "sam",
-        help="a Segment Anything checkpoint, ViT-B, L or H",
-        description="Converts sam_vit_{b,l,h}_*.pth; the size follows from the shapes.",
-    )
-    command.add_argument("source", metavar="FILE", type=Path)
-    _add_target(command)
-
-    command = commands.add_parser(
-        "beit3",
-        help="a BEiT-3 checkpoint, base or large",
-        description="Converts beit3_{base,large}_*.pth; the size follows from the shapes. Heads "
-        "for pretraining and retrieval are kept aside.",
-    )
-    command.add_argument("source", metavar="FILE", type=Path)
     command.add_argument(
-        "--image_size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the images that the encoder shall take; another size than the checkpoint's "
-        "interpolates the positions of the patches (bicubic)",
+        "--profile",
+        choices=PROFILES,
+        help="of preprocessing and decoding; by default what the released checkpoint needs",
     )
-    _add_target(command)
+    for name, (tower, help_text, metavar) in _TOWERS.items():
+        command = commands.add_parser(name, help=help_text, description=tower.__doc__)
+        command.add_argument("source", metavar=metavar, type=Path)
+        if name == "beit3":
+            command.add_argument(
+                "--image_size",
+                type=int,
+                metavar="PIXELS",
+                help="side of the images that the encoder shall take; another size than the "
+                "checkpoint's interpolates the positions of the patches (bicubic)",
+            )
+        _add_target(command)
 
     command = commands.add_parser(
         "to-torch",
@@ -92,10 +96,10 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 
 def _open(args: argparse.Namespace) -> Conversion:
     if args.command == "evf-sam":
-        return evf_sam.convert(args.source)
-    if args.command == "sam":
-        return sam.convert(args.source)
-    return beit3.convert(args.source, args.image_size)
+        return evf_sam.convert(args.source, args.profile)
+    if args.command == "beit3":
+        return beit3.convert(args.source, args.image_size)
+    return _TOWERS[args.command][0].convert(args.source)
 
 
 def main(argv: list[str]) -> None:

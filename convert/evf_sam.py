@@ -1,12 +1,13 @@
 """EVF-SAM model directories as published on Hugging Face: config.json, weights, tokenizer files.
 
 Names: hustvl/EVF-SAM at 9935dc5, `model/evf_sam.py`; config: `model/configuration_evf.py`. The
-weights are a BEiT-3, a SAM and a projector, so the table is theirs with prefixes.
+weights are an encoder, a segmenter and a projector, so the table is theirs with prefixes.
 
 A model that came without a config.json (one trained here, of any size) goes to PyTorch with its
 configuration under `evf_sam_jax` in config.json, and comes back by it.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,21 @@ from convert.checkpoint_files import open_directory, read_json_object
 from convert.families import tower_table
 from convert.table import LINEAR, Rule, Table, joined, weight_and_bias
 from convert.to_model_dir import Conversion, leaf_shapes
+from data_pipelines.tokenizers import read_added_tokens
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.released import RELEASED
 
 _OWN_CONFIG = "evf_sam_jax"
-_CONFIGS = {
-    ("huge", "large"): ("evf-sam", EvfSamConfig.evf_sam()),
-    ("huge", "base"): ("evf-sam-base", EvfSamConfig.evf_sam_base()),
+# Architecture -> (sam_scale, mm_extractor_scale) -> name in `RELEASED`.
+_MODELS = {
+    "EvfSamModel": {("huge", "large"): "evf-sam", ("huge", "base"): "evf-sam-base"},
+    "EvfSam2Model": {("large", "large"): "evf-sam2", ("tiny", "base"): "evf-sam2-tiny"},
+    "EvfEffiSamModel": {("small", "large"): "evf-effi-sam", ("tiny", "base"): "evf-effi-sam-tiny"},
 }
 # model/configuration_evf.py; sam_scale and mm_extractor_scale have no default.
 _DEFAULTS = {"hidden_size": 768, "out_dim": 256}
-_OTHER_SEGMENTERS = {
-    "EvfSam2Model": "EVF-SAM2 (SAM-2)",
-    "EvfEffiSamModel": "EVF-EffiSAM (EfficientSAM)",
-}
+_SEMANTIC = "[semantic]"  # a token of its own in the multi-task models only
 
 
 def table(config: EvfSamConfig) -> Table:
@@ -43,11 +45,20 @@ def table(config: EvfSamConfig) -> Table:
     )
 
 
-def convert(directory: Path) -> Conversion:
-    """Opens an EVF-SAM directory; config.json says which model it is."""
+def convert(directory: Path, profile: str | None = None) -> Conversion:
+    """Opens an EVF-SAM directory; config.json says which model it is.
+
+    Args:
+      profile: of preprocessing and decoding; None: as the released checkpoint needs it.
+    """
     checkpoint = open_directory(directory)
     source_config = read_json_object(directory / "config.json")
     variant, config = recognise(source_config, directory / "config.json")
+    notes = ()
+    if _OWN_CONFIG not in source_config:
+        variant, config, notes = _with_profile(variant, config, directory, profile)
+    elif profile is not None:
+        config = dataclasses.replace(config, profile=profile)
     return Conversion(
         variant=variant,
         config=config.to_dict(),
@@ -57,7 +68,34 @@ def convert(directory: Path) -> Conversion:
         where=str(directory),
         source_config=source_config,
         tokenizer_dir=directory,
+        notes=notes,
     )
+
+
+def _with_profile(
+    variant: str, config: EvfSamConfig, directory: Path, asked: str | None
+) -> tuple[str, EvfSamConfig, tuple[str, ...]]:
+    """The variant and configuration in the profile asked for, and what to say of it.
+
+    By hustvl/EVF-SAM's README at 9935dc5, the multi-task checkpoints were trained after its commit
+    9d00853, which changed how images are stretched and SAM-2 decodes, and the others before it. A
+    SAM ViT has one way; checkpoints with EfficientSAM were never released.
+    """
+    if not config.segmenter.stretches:
+        return variant, config, ()
+    multitask = _SEMANTIC in read_added_tokens(directory)
+    expected = "legacy" if variant.startswith("evf-sam2") and not multitask else "current"
+    name = f"{variant}-multitask" if multitask else variant
+    reason = f"{directory} {'has' if multitask else 'has not'} the token {_SEMANTIC}"
+    profile = asked or expected
+    if profile == expected:
+        note = f"profile {profile}, as {name} needs it ({reason}); --profile overrides that"
+    else:
+        note = (
+            f"profile {profile} as asked for, but the weights look like those of {name} ({reason}),"
+            f" which were trained with the profile {expected}: expect worse masks"
+        )
+    return variant, dataclasses.replace(config, profile=profile), (note,)
 
 
 def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamConfig]:
@@ -70,47 +108,64 @@ def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamCo
             )
         return str(own["variant"]), EvfSamConfig.from_dict(own["config"])
     values: dict[str, Any] = {**_DEFAULTS, **source_config}
-    for key, expected in (("sam_scale", "'huge'"), ("mm_extractor_scale", "'large' or 'base'")):
+    scales = []
+    for number, key in enumerate(("sam_scale", "mm_extractor_scale")):
+        known = dict.fromkeys(pair[number] for models in _MODELS.values() for pair in models)
+        expected = " or ".join(map(repr, known))
         if key not in values:
             raise UserError(f"{where} has no {key}: expected {expected}")
         if not isinstance(values[key], str):
             raise UserError(f"{where}: expected {expected} under {key}, found {values[key]!r}")
-    architectures = values.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise UserError(f"{where}: expected names under architectures, found {architectures!r}")
-    for architecture in architectures:
-        if architecture in _OTHER_SEGMENTERS:
-            raise UserError(
-                f"{where} describes {_OTHER_SEGMENTERS[architecture]} (architectures: "
-                f"{architecture}, sam_scale: {values['sam_scale']!r}); this version converts "
-                "EVF-SAM with a SAM ViT, sam_scale 'huge', only"
-            )
-    scales = (values["sam_scale"], values["mm_extractor_scale"])
-    if scales not in _CONFIGS:
-        kinds = {"large": "EVF-SAM2", "tiny": "EVF-SAM2 or EVF-EffiSAM", "small": "EVF-EffiSAM"}
-        guess = kinds.get(str(scales[0])) if scales[0] != "huge" else None
-        raise UserError(
-            f"{where} has sam_scale {scales[0]!r} and mm_extractor_scale {scales[1]!r}"
-            f"{f', which looks like {guess}' if guess else ''}; this version converts "
-            + " and ".join(f"{sam!r} with {encoder!r}" for sam, encoder in _CONFIGS)
-        )
-    variant, config = _CONFIGS[scales]
-    expected = {"hidden_size": config.encoder.width, "out_dim": config.segmenter.out_channels}
-    for key, value in expected.items():
+        scales.append(values[key])
+    variant = _variant(values, (scales[0], scales[1]), where)
+    config = RELEASED[variant]
+    sizes = {"hidden_size": config.encoder.width, "out_dim": config.segmenter.out_channels}
+    for key, value in sizes.items():
         if values[key] != value:
             raise UserError(f"{where} has {key} {values[key]!r}; a {variant} has {value}")
     return variant, config
 
 
+def _variant(values: dict[str, Any], scales: tuple[str, str], where: Path) -> str:
+    """The name in `RELEASED`, by the architecture or, without one, by the scales alone."""
+    found = values.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"{where}: expected names under architectures, found {found!r}")
+    known = [one for one in found if one in _MODELS]
+    if found and not known:
+        raise UserError(
+            f"{where}: expected {' or '.join(_MODELS)} under architectures, found {found[0]}"
+        )
+    models = {one: pairs for one, pairs in _MODELS.items() if one in known or not found}
+    fitting = [pairs[scales] for pairs in models.values() if scales in pairs]
+    if len(fitting) > 1:
+        raise UserError(
+            f"{where}: expected {' or '.join(models)} under architectures, since sam_scale "
+            f"{scales[0]!r} may be {' or '.join(fitting)}; found none"
+        )
+    if not fitting:
+        pairs = [f"{sam!r} with {encoder!r}" for one in models.values() for sam, encoder in one]
+        raise UserError(
+            f"{where}: expected sam_scale and mm_extractor_scale {' or '.join(pairs)}"
+            f"{f' for {known[0]}' if known else ''}, found {scales[0]!r} with {scales[1]!r}"
+        )
+    return fitting[0]
+
+
 def source_config_of(variant: str, config: EvfSamConfig) -> dict[str, Any]:
     """A config.json for a model that came without one: our own configuration, and the original's
-    names of the scales where it has them."""
-    scales = {name: scales for scales, (name, _) in _CONFIGS.items()}.get(variant)
+    names of architecture and scales where it has them."""
+    named = {
+        name: (architecture, scales)
+        for architecture, models in _MODELS.items()
+        for scales, name in models.items()
+    }
+    architecture, scales = named.get(variant, ("EvfSamModel", ()))
     return {
-        "architectures": ["EvfSamModel"],
+        "architectures": [architecture],
         "model_type": "evf",
         "hidden_size": config.encoder.width,
         "out_dim": config.segmenter.out_channels,
-        **(dict(zip(("sam_scale", "mm_extractor_scale"), scales, strict=True)) if scales else {}),
+        **dict(zip(("sam_scale", "mm_extractor_scale"), scales, strict=False)),
         _OWN_CONFIG: {"variant": variant, "config": config.to_dict()},
     }

@@ -156,7 +156,7 @@ def load_tokenizer(directory: str | os.PathLike, max_tokens: int = 1022) -> Toke
       UserError: no tokenizer there, or a file that cannot be read as one.
     """
     path = _find_model(pathlib.Path(directory))
-    added = _read_added_tokens(path.parent)
+    added = read_added_tokens(path.parent)
     try:
         return SentencePieceTokenizer(path.read_bytes(), added, max_tokens)
     except (RuntimeError, OSError) as error:  # SentencePiece raises RuntimeError
@@ -196,7 +196,7 @@ def _find_model(directory: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _read_added_tokens(directory: pathlib.Path) -> dict[str, AddedToken]:
+def read_added_tokens(directory: pathlib.Path) -> dict[str, AddedToken]:
     """`added_tokens.json` ({text: id}), refined by the `added_tokens_decoder` of the config."""
     path = directory / "added_tokens.json"
     added = {}

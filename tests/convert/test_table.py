@@ -27,6 +27,7 @@ from convert.table import (
 )
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.released import RELEASED
 from tests.golden.make_parameter_paths import FILE, parameter_paths
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "evf_sam" / "evf_sam.manifest.json"
@@ -155,7 +156,7 @@ def pinned() -> dict[str, dict[str, list[int]]]:
 @pytest.fixture(scope="module")
 def plans(pinned: dict[str, dict[str, list[int]]]) -> dict[str, Plan]:
     """The plans of what can be converted, for the shapes that are pinned."""
-    tables = {"evf_sam": evf_sam.table(EvfSamConfig.evf_sam())}
+    tables = {"evf_sam": evf_sam.table(RELEASED["evf-sam"])}
     tables["tiny"] = evf_sam.table(EvfSamConfig.tiny())
     tables |= {name: sam.table(config) for name, config in sam.CONFIGS.items()}
     tables |= {name: beit3.table(config) for name, config in beit3.CONFIGS.items()}
@@ -239,8 +240,14 @@ def test_the_tables_name_every_tensor_of_the_originals(plans: dict[str, Plan]):
 def test_the_config_of_every_released_scale_is_recognised():
     large = {"sam_scale": "huge", "mm_extractor_scale": "large", "hidden_size": 1024}
     base = {"sam_scale": "huge", "mm_extractor_scale": "base"}  # hidden_size 768 by default
-    assert evf_sam.recognise(large, Path("c")) == ("evf-sam", EvfSamConfig.evf_sam())
-    assert evf_sam.recognise(base, Path("c")) == ("evf-sam-base", EvfSamConfig.evf_sam_base())
+    assert evf_sam.recognise(large, Path("c")) == ("evf-sam", RELEASED["evf-sam"])
+    assert evf_sam.recognise(base, Path("c")) == ("evf-sam-base", RELEASED["evf-sam-base"])
+    video = {"architectures": ["EvfSam2Model"], "sam_scale": "large", "hidden_size": 1024}
+    found = evf_sam.recognise({**video, "mm_extractor_scale": "large"}, Path("c"))
+    assert found == ("evf-sam2", RELEASED["evf-sam2"])
+    small = {"architectures": ["EvfEffiSamModel"], "sam_scale": "tiny"}
+    found = evf_sam.recognise({**small, "mm_extractor_scale": "base"}, Path("c"))
+    assert found == ("evf-effi-sam-tiny", RELEASED["evf-effi-sam-tiny"])
 
 
 @pytest.mark.parametrize(
@@ -251,23 +258,21 @@ def test_the_config_of_every_released_scale_is_recognised():
         (
             {
                 "architectures": ["EvfSam2Model"],
-                "sam_scale": "large",
+                "sam_scale": "huge",
                 "mm_extractor_scale": "large",
                 "hidden_size": 1024,
             },
-            "EVF-SAM2",
+            "'large' with 'large' or 'tiny' with 'base' for EvfSam2Model, found 'huge'",
         ),
         (
-            {
-                "architectures": ["EvfEffiSamModel"],
-                "sam_scale": "small",
-                "mm_extractor_scale": "large",
-            },
-            "EVF-EffiSAM",
+            {"sam_scale": "tiny", "mm_extractor_scale": "base"},
+            "may be evf-sam2-tiny or evf-effi-sam-tiny",
         ),
-        ({"sam_scale": "large", "mm_extractor_scale": "large"}, "looks like EVF-SAM2"),
-        ({"sam_scale": "small", "mm_extractor_scale": "large"}, "looks like EVF-EffiSAM"),
-        ({"sam_scale": "huge", "mm_extractor_scale": "giant"}, "mm_extractor_scale 'giant'"),
+        (
+            {"architectures": ["Llama"], "sam_scale": "huge", "mm_extractor_scale": "large"},
+            "EvfEffiSamModel under architectures, found Llama",
+        ),
+        ({"sam_scale": "huge", "mm_extractor_scale": "giant"}, "found 'huge' with 'giant'"),
         ({"sam_scale": "huge", "mm_extractor_scale": "large"}, "hidden_size 768"),
         (
             {
