@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convert.checkpoint_files import open_file
+from convert.recognise import looks_like
 from convert.table import (
     CONV,
     CONV_TRANSPOSE,
@@ -179,7 +180,7 @@ def transformer_rules(source: str) -> tuple[Rule, ...]:
 
 def convert(path: Path) -> Conversion:
     """Opens a SAM checkpoint; its size follows from its shapes."""
-    checkpoint = open_file(path)
+    checkpoint = open_file(path, wrapped_in="model")  # as other families are: to say which it is
     shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
     depth = sum(key.endswith(".attn.qkv.weight") for key in shapes)
     found = shapes.get(_POSITIONS, ())
@@ -197,5 +198,5 @@ def convert(path: Path) -> Conversion:
             )
     raise UserError(
         f"{path} is not a SAM checkpoint of a known size ({', '.join(CONFIGS)}): found "
-        f"{len(shapes)} tensors, {depth} blocks, and {_POSITIONS} {list(found)}"
+        f"{len(shapes)} tensors, {depth} blocks, and {_POSITIONS} {list(found)}{looks_like(shapes)}"
     )

@@ -13,6 +13,8 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -76,6 +78,25 @@ def sam2() -> types.ModuleType:
         importlib.import_module("sam2.modeling.backbones.hieradet")
         importlib.import_module("sam2.sam2_image_predictor")
     return package
+
+
+def sam2_from_yaml(name: str) -> Any:
+    """The model of a file of `sam2/configs`, with random weights, as hydra would make it."""
+    import yaml
+
+    text = (Path(sam2().__path__[0]) / "configs" / name).read_text()
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        arguments = {key: made(one) for key, one in value.items()}
+        if "_target_" not in arguments:
+            return arguments
+        module, name = arguments.pop("_target_").rsplit(".", 1)
+        return getattr(importlib.import_module(module), name)(**arguments)
+
+    # YAML takes 1e-6 for a word, hydra's reader for a number.
+    return made(yaml.safe_load(text.replace(" 1e-6", " 1.0e-6"))["model"])
 
 
 @contextlib.contextmanager
