@@ -8,8 +8,9 @@ Differences:
   - The two modalities travel as a pair of arrays instead of one array with a split position.
   - All layers but the last are stacked and scanned; the last one can compute only the tokens that
     are read out.
-  - `fusion` and `readout` choose what the paper's Tables 3 and 5 compare. Late fusion attends
-    within each modality, which equals two single-modality passes.
+  - `fusion`, `early_layers` and `readout` choose what the paper's Tables 3 and 5 compare. Late
+    fusion attends within each modality, which equals two single-modality passes; the same mask in
+    the later layers alone is fusion in the first ones (as the author describes it in issue 38).
   - Parameters that never influence the output (`mask_token`) don't exist here.
 """
 
@@ -35,7 +36,7 @@ from evf_sam_jax.models.layers import (
     gathering,
     gelu_float32,
     layer_norm,
-    on_each_device,
+    look_up,
     scanned,
     split_by_batch,
 )
@@ -87,7 +88,6 @@ class Beit3Config:
     remat: bool | str = False
 
     family: ClassVar[str] = "beit3"
-    image_kind: ClassVar[str] = "beit3"
     attention_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -127,6 +127,11 @@ class Beit3Config:
             init_stddev=0.1,
             dtype="float32",
         )
+
+    @property
+    def image_kind(self) -> str:
+        """How the host prepares the image, see `data_pipelines.tower_images.ENCODER`."""
+        return "beit3"
 
     @property
     def patches(self) -> int:
@@ -424,8 +429,7 @@ class Beit3(nn.Module):
         k = text_ids.shape[1]
         text_ids = text_ids.reshape(-1, text_ids.shape[-1])
         text_valid = text_valid.reshape(text_ids.shape)
-        # The gradient of the table adds up on each device, or every word would go to all of them.
-        text = on_each_device(look_up, whole=1)(self.text_embed.embedding, text_ids)
+        text = look_up(self.text_embed.embedding, text_ids)
         text = text + positions(self.text_positions, text.shape[1])[None]
         text = jnp.where(text_valid[..., None], text, 0.0).astype(config.dtype)
         vision = None
@@ -466,7 +470,9 @@ def attention_to_patches(
     vision, text = k
     assert q[0] is not None and vision is not None, "the attention to an image needs an image"
     keys, valid = [vision], [jnp.ones(vision.shape[:2], bool)]
-    if config.fusion == "early" and text is not None:
+    # Where `early_layers` leaves out the last one, it attends to the image alone.
+    together = config.fusion == "early" and config.early_layers in (None, config.layers)
+    if together and text is not None:
         keys, valid = [vision, text], [*valid, text_valid]
     query, key = (split_heads(x, config.heads) for x in (q[0], jnp.concatenate(keys, axis=1)))
     weights = attention_weights(
@@ -475,11 +481,6 @@ def attention_to_patches(
     patches = weights[:, :, 0, 1 : vision.shape[1]].sum(axis=1)
     side = config.image_size // config.patch_size
     return patches.reshape(-1, side, side)
-
-
-def look_up(table: Float[Array, "v d"], ids: Int[Array, "n t"]) -> Float[Array, "n t d"]:
-    """Returns the rows of a table of embeddings."""
-    return jnp.take(table, ids, axis=0)
 
 
 def positions(table: nn.Embed, tokens: Any) -> Float[Array, "t d"]:

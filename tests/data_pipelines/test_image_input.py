@@ -15,6 +15,7 @@ from data_pipelines.image_input import (
     read_size,
     sam_input,
     sam_size,
+    stretched_input,
 )
 from evf_sam_jax.errors import UserError
 
@@ -99,6 +100,38 @@ def test_bicubic_equals_torch(height: int, width: int, size: int):
     )
     theirs = theirs.sub(0.5).div(0.5)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(encoder_input(image, size), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width, size", CASES)
+def test_stretching_without_antialias_equals_stored_outputs_of_torch(height, width, size):
+    golden = np.load(GOLDEN / "image_torch.npz")[f"stretched_{height}_{width}_{size}"]
+    step = max(1, size // 16)
+    ours = stretched_input(noise(height, width), size, antialias=False)[::step, ::step]
+    np.testing.assert_array_equal(ours, golden)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("height, width", [(427, 640), (1, 1), (1, 900), (223, 224), (1301, 1900)])
+@pytest.mark.parametrize("size", [224, 65, 1024])
+def test_stretching_without_antialias_equals_torch(height: int, width: int, size: int):
+    import torch
+
+    image = noise(height, width)
+    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()[None]
+    theirs = torch.nn.functional.interpolate(
+        tensor, (size, size), mode="bilinear", align_corners=False
+    )
+    theirs = theirs[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(stretched_input(image, size, antialias=False), theirs)
+
+
+def test_antialias_makes_no_difference_where_no_side_shrinks():
+    image = noise(48, 60)
+    with_antialias = stretched_input(image, 64)
+    np.testing.assert_array_equal(stretched_input(image, 64, antialias=False), with_antialias)
+    shrunk = stretched_input(noise(200, 50), 64).astype(int)
+    without = stretched_input(noise(200, 50), 64, antialias=False)
+    assert np.abs(shrunk - without).max() > 50
 
 
 def test_an_image_of_the_encoders_size_is_not_filtered():

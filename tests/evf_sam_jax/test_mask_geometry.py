@@ -41,6 +41,29 @@ def test_equals_the_original(height: int, width: int):
     np.testing.assert_allclose(found, theirs, rtol=0, atol=TOLERANCE)
 
 
+def stretched(height: int, width: int) -> np.ndarray:
+    """[2, height, width] of an image that fills the frame whatever its sides."""
+    # The size of the content is that of the padded image: it must not matter.
+    sizes = jnp.array([sam_size(height, width, cases.FRAME)]), jnp.array([[height, width]])
+    low_res = jnp.asarray(cases.logits(height, width)[None])
+    return np.array(resample(low_res, *sizes, canvas=(height, width), frame=None))[0]
+
+
+@pytest.mark.parametrize(("height", "width"), cases.SIZES)
+def test_a_stretched_frame_equals_stored_outputs_of_the_original(height: int, width: int):
+    rows, columns = cases.steps(height, width)
+    golden = GOLDEN[f"stretched_{height}_{width}"]
+    found = stretched(height, width)[:, rows, columns]
+    np.testing.assert_allclose(found, golden, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("height", "width"), [*cases.SIZES, (229, 1021), (2048, 3)])
+def test_a_stretched_frame_equals_the_original(height: int, width: int):
+    theirs = cases.original_stretched(cases.logits(height, width), height, width)
+    np.testing.assert_allclose(stretched(height, width), theirs, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize(("height", "width"), [(427, 640), (640, 1), (13, 7)])
 def test_a_canvas_holds_the_image_top_left_and_zeros(height: int, width: int):
     found = ours(height, width, (648, 652))

@@ -1,4 +1,4 @@
-"""Writes image_torch.npz: what torch's bicubic filter gives for odd sizes.
+"""Writes image_torch.npz: what torch's bicubic and 8-bit bilinear filters give for odd sizes.
 
 pip install torch numpy
 python tests/golden/make_image_input.py
@@ -41,12 +41,23 @@ def torch_encoder_input(image: np.ndarray, size: int) -> np.ndarray:
     return tensor.sub(0.5).div(0.5)[0].permute(1, 2, 0).numpy()
 
 
+def torch_stretched(image: np.ndarray, size: int) -> np.ndarray:
+    """inference.py:65-69 on uint8, [size, size, 3]."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()[None]
+    stretched = torch.nn.functional.interpolate(
+        tensor, (size, size), mode="bilinear", align_corners=False
+    )
+    return stretched[0].permute(1, 2, 0).numpy()
+
+
 def main() -> None:
     arrays = {}
     for height, width, size in CASES:
         step = max(1, size // 16)
         full = torch_encoder_input(noise(height, width), size)
         arrays[f"bicubic_{height}_{width}_{size}"] = full[::step, ::step]
+        full = torch_stretched(noise(height, width), size)
+        arrays[f"stretched_{height}_{width}_{size}"] = full[::step, ::step]
     np.savez_compressed(GOLDEN / "image_torch.npz", **arrays)
 
 

@@ -17,6 +17,8 @@ def main() -> None:
         rows, columns = cases.steps(height, width)
         full = cases.original(cases.logits(height, width), height, width)
         arrays[f"{height}_{width}"] = full[:, rows, columns]
+        full = cases.original_stretched(cases.logits(height, width), height, width)
+        arrays[f"stretched_{height}_{width}"] = full[:, rows, columns]
     file = pathlib.Path(__file__).parent / "mask_geometry_torch.npz"
     np.savez_compressed(file, **arrays)
 

@@ -38,6 +38,18 @@ def steps(height: int, width: int) -> tuple[slice, slice]:
     return slice((height - 1) % rows, None, rows), slice((width - 1) % columns, None, columns)
 
 
+def original_stretched(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The same of a segmenter that images are stretched for; needs torch.
+
+    Reference: `postprocess_masks` of `model/evf_sam2.py:135-141` and `model/evf_effisam.py:247-273`.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    masks = torch.from_numpy(low_res)[None]
+    return interpolate(masks, (height, width), mode="bilinear", align_corners=False)[0].numpy()
+
+
 def original(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
     """The original's logits at the size of the image, [2, height, width]; needs torch."""
     import torch

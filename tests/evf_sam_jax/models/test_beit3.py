@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from convert import beit3 as beit3_table
+from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.beit3 import Beit3Config
 from tests.parity import beit3_cases
@@ -55,6 +56,48 @@ def our_outputs(encoder: Beit3Config) -> dict[str, np.ndarray]:
         "vision": np.asarray(vision),
         "attention": attention(config, params, given),
     }
+
+
+@pytest.mark.parametrize("name", beit3_cases.CONFIGS)
+def test_fusion_in_no_layer_equals_each_modality_alone(name: str) -> None:
+    config, params = model(beit3_cases.CONFIGS[name])
+    given = beit3_cases.inputs(config.encoder)
+    apart = dataclasses.replace(config.encoder, early_layers=0)
+    found = tokens(dataclasses.replace(config, encoder=apart), params, given, "early")
+    for ours, alone in zip(found, tokens(config, params, given, "late"), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+
+
+def test_each_fused_layer_counts_and_all_of_them_are_early_fusion() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    given = beit3_cases.inputs(config.encoder)
+    layers = config.encoder.layers
+
+    def image_tokens(early_layers: int | None) -> np.ndarray:
+        encoder = dataclasses.replace(config.encoder, early_layers=early_layers)
+        chosen = dataclasses.replace(config, encoder=encoder)
+        return np.asarray(tokens(chosen, params, given, "early")[0])
+
+    by_depth = [image_tokens(early_layers) for early_layers in range(layers + 1)]
+    np.testing.assert_array_equal(by_depth[-1], image_tokens(None))
+    for fewer, more in zip(by_depth, by_depth[1:], strict=False):
+        assert np.abs(fewer - more).max() > 1e-3
+
+
+def test_attention_to_patches_leaves_out_text_that_the_last_layer_does_not_see() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    given = beit3_cases.inputs(config.encoder)
+    apart = dataclasses.replace(config.encoder, early_layers=config.encoder.layers - 1)
+    encoder = dataclasses.replace(config.encoder, fusion="late", readout="concat")
+    projections = params["encoder"]["last_layer"]["self_attn"]["q_proj"]
+    edited = jax.tree.map(lambda leaf: leaf, params)
+    edited["encoder"]["last_layer"]["self_attn"]["q_proj"] = jax.tree.map(
+        np.zeros_like, projections
+    )
+    for chosen in (apart, encoder):  # even attention over [CLS] and patches
+        found = attention(dataclasses.replace(config, encoder=chosen), edited, given)
+        expected = np.full((2, 4, 4), encoder.heads / (1 + encoder.patches))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -184,3 +227,33 @@ def test_readout_takes_the_token_it_names(fusion: str, readout: str) -> None:
     expected = expected @ out["kernel"] + out["bias"][None]
     found = prompts(config, params, given.image, given.ids[:, None], given.valid[:, None])
     np.testing.assert_allclose(found[:, 0, 0], expected, atol=2e-5)
+
+
+def test_concatenation_as_tokens_gives_each_feature_a_prompt_of_its_own() -> None:
+    config, params = model(beit3_cases.CONFIGS["small_base"])
+    given = beit3_cases.inputs(config.encoder)
+    pairs = given.ids[:, None], given.valid[:, None]
+
+    def found(readout: str) -> np.ndarray:
+        encoder = dataclasses.replace(config.encoder, readout=readout, concat="tokens")
+        chosen = dataclasses.replace(config, encoder=encoder)
+        return prompts(chosen, with_projector(chosen, params), given.image, *pairs)
+
+    both = found("concat")
+    assert both.shape[2] == 2
+    for token, readout in enumerate(("image_cls", "text_cls")):
+        np.testing.assert_allclose(both[:, :, token], found(readout)[:, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (dict(fusion="late", readout="concat", early_layers=1), "with late fusion: expected None"),
+        (dict(early_layers=4), "expected None or a number from 0 to 3, found 4"),
+        (dict(early_layers=True), "found True"),
+        (dict(fusion="text"), "readout with text fusion: expected text_cls, found 'image_cls'"),
+    ],
+)
+def test_impossible_fusions_are_refused(values: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(Beit3Config.tiny(), **values)
