@@ -48,23 +48,23 @@ def table(config: EfficientSamConfig) -> Table:
             "lin": {"layers.0.0": "lin1", "fc": "lin2"},
             "head": {"layers.0.0": "0", "layers.1.0": "1", "fc": "2"},
             "point": {name: (row,) for row, name in enumerate(points)},
-            "block": {str(block): (block,) for block in range(config.depth)},
-            "block_norm": {name: name for name in ("norm1", "norm2")},
-            "fc": {name: name for name in ("fc1", "fc2")},
+            "image_block": {str(block): (block,) for block in range(config.depth)},
+            "image_norm": {name: name for name in ("norm1", "norm2")},
+            "image_mlp": {name: name for name in ("fc1", "fc2")},
         },
     )
 
 
 def _image_encoder() -> tuple[Rule, ...]:
     source, target = "image_encoder", "segmenter/image_encoder"
-    block = (f"{source}.blocks.{{block}}", f"{target}/blocks")
+    block = (f"{source}.blocks.{{image_block}}", f"{target}/blocks")
     return (
         Rule(_POSITIONS, f"{target}/pos_embed", DROP_LEADING_ONE),
         *weight_and_bias(f"{source}.patch_embed.proj", f"{target}/patch_embed/proj", CONV),
-        *norm(f"{block[0]}.{{block_norm}}", f"{block[1]}/{{block_norm}}"),
+        *norm(f"{block[0]}.{{image_norm}}", f"{block[1]}/{{image_norm}}"),
         *weight_and_bias(f"{block[0]}.attn.qkv", f"{block[1]}/attn/qkv", LINEAR),
         *weight_and_bias(f"{block[0]}.attn.proj", f"{block[1]}/attn/proj", LINEAR),
-        *weight_and_bias(f"{block[0]}.mlp.{{fc}}", f"{block[1]}/mlp/{{fc}}", LINEAR),
+        *weight_and_bias(f"{block[0]}.mlp.{{image_mlp}}", f"{block[1]}/mlp/{{image_mlp}}", LINEAR),
         Rule(f"{source}.neck.0.weight", f"{target}/neck/conv1/kernel", CONV),
         *norm(f"{source}.neck.1", f"{target}/neck/norm1"),
         Rule(f"{source}.neck.2.weight", f"{target}/neck/conv2/kernel", CONV),
