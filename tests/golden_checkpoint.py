@@ -8,11 +8,14 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 EVF_SAM = Path(__file__).parent / "golden" / "evf_sam"
+EVF_EFFISAM = Path(__file__).parent / "golden" / "evf_effisam"
 
 
 def make_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -34,8 +37,22 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def write_evf_sam(directory: Path) -> None:
-    """Writes `model.safetensors` (5.3 GB, tensor by tensor) and `config.json` of EVF-SAM."""
-    shapes = json.loads((EVF_SAM / "evf_sam.manifest.json").read_text())
+    """Writes `model.safetensors` (5.3 GB) and `config.json` of EVF-SAM."""
+    scales = {"hidden_size": 1024, "sam_scale": "huge", "mm_extractor_scale": "large"}
+    write_checkpoint(directory, EVF_SAM / "evf_sam.manifest.json", "EvfSamModel", scales)
+
+
+def write_checkpoint(
+    directory: Path, manifest: Path, architecture: str, scales: Mapping[str, Any]
+) -> None:
+    """Writes `model.safetensors`, tensor by tensor, and `config.json` of a whole model.
+
+    Args:
+      manifest: name -> shape.
+      architecture: of config.json.
+      scales: what else config.json says of the model's size.
+    """
+    shapes = json.loads(manifest.read_text())
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
@@ -47,12 +64,10 @@ def write_evf_sam(directory: Path) -> None:
         for name, shape in shapes.items():
             make_weight(name, tuple(shape)).astype("<f4").tofile(file)
     config = {
-        "architectures": ["EvfSamModel"],
+        "architectures": [architecture],
         "model_type": "evf",
-        "hidden_size": 1024,
         "out_dim": 256,
-        "sam_scale": "huge",
-        "mm_extractor_scale": "large",
         "torch_dtype": "float32",
+        **scales,
     }
     (directory / "config.json").write_text(json.dumps(config))
