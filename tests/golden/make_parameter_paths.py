@@ -10,6 +10,7 @@ import json
 import pathlib
 
 from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from evf_sam_jax.models.sam.config import SamConfig
 
@@ -22,12 +23,16 @@ def parameter_paths() -> dict[str, dict[str, list[int]]]:
     evf_sam, evf_sam_base = _shapes(EvfSamConfig.evf_sam()), _shapes(EvfSamConfig.evf_sam_base())
     vit_b = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_b()))
     vit_l = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_l()))
+    vitt = _shapes(dataclasses.replace(tiny, segmenter=EfficientSamConfig.vitt()))
+    vits = _shapes(dataclasses.replace(tiny, segmenter=EfficientSamConfig.vits()))
     return {
         "evf_sam": evf_sam,
         "tiny": _shapes(tiny),
         "sam_vit_b": _tower(vit_b, "segmenter"),
         "sam_vit_l": _tower(vit_l, "segmenter"),
         "sam_vit_h": _tower(evf_sam, "segmenter"),
+        "efficient_sam_vitt": _tower(vitt, "segmenter"),
+        "efficient_sam_vits": _tower(vits, "segmenter"),
         "beit3_base": _tower(evf_sam_base, "encoder"),
         "beit3_large": _tower(evf_sam, "encoder"),
     }
