@@ -189,8 +189,8 @@ def resize_bicubic(
     pixel are touched; uint8 is brought to [0, 1] first.
     """
     height, width = pixels.shape[:2]
-    rows, row_weights = _cubic_taps(height, size)
-    columns, column_weights = _cubic_taps(width, size)
+    rows, row_weights = cubic_taps(height, size)
+    columns, column_weights = cubic_taps(width, size)
     # Of an image so tall that most rows go unused, only those needed are resized.
     if height > rows.size:
         pixels, rows = pixels.take(rows.reshape(-1), axis=0), np.arange(rows.size).reshape(-1, 4)
@@ -225,8 +225,11 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 @functools.lru_cache(maxsize=512)
-def _cubic_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """The 4 source indices and weights of each target pixel, [target, 4]; float32 as in torch."""
+def cubic_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """The 4 source indices of each target pixel, edges repeated, and their weights: [target, 4].
+
+    Float32 as in torch's `upsample_bicubic2d` (align_corners False, no antialias).
+    """
     # The scale is rounded to float32, the position once: torch's compiled code uses a fused
     # multiply-add, and without it a position is off by up to 1e-4 of the result.
     scale = np.float64(np.float32(source) / np.float32(target))
