@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from convert import efficient_sam as efficient_sam_table
+from data_pipelines.image_input import read_image, stretched_input
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.mask_geometry import resample_masks
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.efficient_sam.efficient_sam import EfficientSam
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.prompts import Prompt, stack_geometry
+from tests import golden_checkpoint
 from tests.golden.make_model_outputs import thinned
 from tests.parity import efficient_sam_cases as cases
 from tests.parity.weights import our_params
@@ -102,6 +105,26 @@ def test_equals_stored_outputs_of_the_original() -> None:
 def test_equals_the_original() -> None:
     pytest.importorskip("efficient_sam", reason="tests/golden/make_efficient_sam.py says whence")
     assert_equal(our_outputs(cases.CONFIG), cases.original_outputs(cases.CONFIG))
+
+
+def test_equals_the_original_at_full_size() -> None:
+    """EfficientSAM-T, from pixels and stored prompts of phrases to masks of the image."""
+    config = dataclasses.replace(EfficientSamConfig.vitt(), dtype="float32")
+    table = efficient_sam_table.table(config).prefixed("visual_model.")
+    params = jax.device_put(our_params(table, cases.section(config))["segmenter"])
+    pixels = stretched_input(read_image(golden_checkpoint.EVF_SAM / "image_0.png"))
+    size = jnp.full((1, 2), config.image_size, jnp.int32)
+    features = encode_with(config, "current", params, pixels[None], size)
+    with np.load(golden_checkpoint.EVF_EFFISAM / "evf_effisam_b.npz") as golden:
+        text = jnp.asarray(np.stack([golden[f"prompt_{j}"] for j in range(3)])[None, :, None])
+        found = decode_with(config, params, features, Prompts(text=text))[False].low_res_logits
+        masks = resample_masks(found[:, :, 0], size, jnp.asarray([[427, 640]]), (427, 640), None)
+        embedding = features.embedding[0, ::8, ::8].transpose(2, 0, 1)
+        np.testing.assert_allclose(embedding, golden["image_embedding"], atol=BAR)
+        for j in range(3):
+            low_res, logits = golden[f"low_res_masks_{j}"][0], golden[f"mask_logits_{j}"]
+            np.testing.assert_allclose(found[0, j, 0, ::2, ::2], low_res, atol=BAR)
+            np.testing.assert_allclose(masks[0, j, ::4, ::4], logits, atol=BAR)
 
 
 def features_of(config: EfficientSamConfig, images: int = 1) -> ImageFeatures:
