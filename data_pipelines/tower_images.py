@@ -6,6 +6,12 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from data_pipelines.encoder_images import (
+    clip_crop_input,
+    clip_input,
+    vilt_input,
+    vilt_pad_input,
+)
 from data_pipelines.image_input import encoder_input, sam_input, sam_size, stretched_input
 
 # The segmenter's frame: the longer side fills it, or both do; of the latter the original has one
@@ -15,7 +21,13 @@ FITS = PAD, STRETCH, STRETCH_ALIASED = "pad", "stretch", "stretch_aliased"
 # How a multimodal encoder's image is made from pixels and its side: [h, w, 3], or [h, w, 4] where
 # images differ in size; the fourth channel is then 1 inside and 0 at what fills up.
 EncoderImage = Callable[[np.ndarray, int], np.ndarray]
-ENCODER: dict[str, EncoderImage] = {"beit3": encoder_input}
+ENCODER: dict[str, EncoderImage] = {
+    "beit3": encoder_input,
+    "clip": clip_input,
+    "clip_crop": clip_crop_input,
+    "vilt": vilt_input,
+    "vilt_pad": vilt_pad_input,
+}
 
 
 @dataclasses.dataclass(frozen=True)

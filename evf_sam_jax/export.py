@@ -38,7 +38,7 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from convert.safetensors_files import SafetensorsWriter
-from data_pipelines import image_input, tokenizers, tower_images
+from data_pipelines import encoder_images, image_input, tokenizers, tower_images
 from evf_sam_jax import export_loader, model_dir, model_inputs
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models import attention, evf_sam
@@ -197,6 +197,7 @@ def write_loader(directory: Path) -> None:
     files = {
         directory / "__main__.py": _MAIN,
         package / "__init__.py": standalone_source(export_loader),
+        package / "encoder_images.py": standalone_source(encoder_images),
         package / "image_input.py": standalone_source(image_input),
         package / "tokenizers.py": standalone_source(tokenizers),
         package / "tower_images.py": standalone_source(tower_images),
