@@ -11,6 +11,7 @@ import flax.linen as nn
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.clip import Clip, ClipConfig
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.efficient_sam.efficient_sam import EfficientSam
 from evf_sam_jax.models.interfaces import EncoderConfig, SegmenterConfig
@@ -18,6 +19,7 @@ from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam.sam import Sam
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.models.sam2.sam2 import Sam2
+from evf_sam_jax.models.vilt import Vilt, ViltConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Family:
 
 ENCODERS = {
     "beit3": Family(Beit3Config, Beit3),
+    "clip": Family(ClipConfig, Clip),
+    "vilt": Family(ViltConfig, Vilt),
 }
 SEGMENTERS = {
     "sam": Family(SamConfig, Sam),

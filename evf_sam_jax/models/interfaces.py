@@ -74,7 +74,7 @@ class EncoderConfig(Protocol):
       family: its name in `families.ENCODERS`.
       image_kind: how the host prepares its image, one of `data_pipelines.tower_images.ENCODER`.
       attention_map: whether `evf_sam.image_cls_attention` can show where it looks.
-      image_size: side of that image.
+      image_size: side of that image; of one that is padded, what its shorter side becomes.
       fusion: how image and text meet; "text": there is no image.
       readout: what is read out of the tokens.
       width: channels of its tokens.
@@ -87,10 +87,11 @@ class EncoderConfig(Protocol):
     """
 
     family: ClassVar[str]
-    image_kind: ClassVar[str]
     attention_map: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @property
+    def image_kind(self) -> str: ...
     @property
     def image_size(self) -> int: ...
     @property
