@@ -200,8 +200,7 @@ class Predictor:
           UserError: no model directory, one of another version, one without the whole model, or
             a dtype that is neither.
         """
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f"dtype: expected float32 or bfloat16, found {dtype!r}")
+        _check_dtype(dtype)
         manifest = model_dir.read_manifest(path)
         missing = [key for key in ("encoder", "segmenter") if key not in manifest.config]
         if missing:
@@ -212,14 +211,30 @@ class Predictor:
         tokenizer = None
         if manifest.has_tokenizer:
             tokenizer = model_inputs.load_tokenizer(path, config)
-        check_parameters(path, config)
+        return cls(config, _load_params(path, config, dtype), tokenizer)
 
-        def place(name: str, leaf: np.ndarray) -> jax.Array:
-            return jax.device_put(
-                leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, name) else "float32")
-            )
+    @classmethod
+    def load_segmenter(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":
+        """Loads the segmenter of a model directory, for points, boxes and masks alone.
 
-        return cls(config, model_dir.load_params(path, place=place), tokenizer)
+        `params` has no other part, and phrases are refused. In `config`, the multimodal encoder is
+        a placeholder, whose image costs next to nothing.
+
+        Args:
+          path: of a whole model, or of a foundation segmenter (`python -m convert sam2`).
+          dtype: as of `load`.
+
+        Raises:
+          UserError: as `load`, but that nothing more than the segmenter need be there.
+        """
+        _check_dtype(dtype)
+        manifest = model_dir.read_manifest(path)
+        if "segmenter" not in manifest.config:
+            raise UserError(f"{path}: expected a model with a segmenter, found one without")
+        own = {key: value for key, value in manifest.config.items() if key != "encoder"}
+        config = evf_sam.EvfSamConfig.from_dict(evf_sam.EvfSamConfig.tiny().to_dict() | own)
+        config = evf_sam.with_dtype(config, dtype)
+        return cls(config, _load_params(path, config, dtype, only="segmenter/"))
 
     def predict(
         self,
@@ -312,6 +327,7 @@ class Predictor:
         self, texts: Sequence[str] | None = None, text_ids: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
         """Returns checked token ids of each phrase; arguments and errors as for `predict`."""
+        self._require_encoder()
         if (texts is None) == (text_ids is None):
             raise UserError("expected phrases either as texts or as token ids")
         if texts is not None:
@@ -534,6 +550,7 @@ class Predictor:
     def _text_of(
         self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]]
     ) -> Float[Array, "r 1 t c"]:
+        self._require_encoder()
         text_ids, text_valid = self._pad(ids)
         return _encode_phrases(
             self.config,
@@ -542,6 +559,10 @@ class Predictor:
             text_ids[:, None],
             text_valid[:, None],
         )
+
+    def _require_encoder(self) -> None:
+        if "encoder" not in self.params:
+            raise UserError("expected points, boxes or masks for a segmenter alone, found phrases")
 
     def _pad(
         self, ids: Sequence[Sequence[int]]
@@ -645,19 +666,44 @@ def _bucket(number: int, buckets: tuple[int, ...]) -> int:
     return next((bucket for bucket in buckets if number <= bucket), number)
 
 
-def check_parameters(path: str | os.PathLike, config: evf_sam.EvfSamConfig) -> None:
-    """Raises UserError unless the directory's parameters are those of its config."""
-    expected = {
-        name: leaf.shape
-        for name, leaf in model_dir.path_leaves(evf_sam.param_shapes(config)).items()
-    }
-    found = {name: leaf.shape for name, leaf in model_dir.describe(path).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+def check_parameters(path: str | os.PathLike, config: evf_sam.EvfSamConfig, only: str = "") -> None:
+    """Raises UserError unless the directory's parameters are those of its config.
+
+    Args:
+      only: what the paths of those that count begin with.
+    """
+    expected = model_dir.path_leaves(evf_sam.param_shapes(config))
+    found = model_dir.describe(path)
+    for name in sorted(filter(lambda name: name.startswith(only), expected.keys() | found.keys())):
+        shapes = [leaf.shape if leaf else None for leaf in (expected.get(name), found.get(name))]
+        if shapes[0] != shapes[1]:
             raise UserError(
-                f"{path}: parameter {name}: expected {_shape_words(expected.get(name))} by the "
-                f"config, found {_shape_words(found.get(name))}"
+                f"{path}: parameter {name}: expected {_shape_words(shapes[0])} by the "
+                f"config, found {_shape_words(shapes[1])}"
             )
+
+
+def _load_params(
+    path: str | os.PathLike, config: evf_sam.EvfSamConfig, dtype: str, only: str = ""
+) -> evf_sam.Params:
+    """The parameters, on the device, whose paths begin with `only`; those of products in `dtype`.
+
+    Raises:
+      UserError: they are not those of the config.
+    """
+    check_parameters(path, config, only)
+
+    def place(name: str, leaf: np.ndarray) -> jax.Array:
+        return jax.device_put(
+            leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, name) else "float32")
+        )
+
+    return model_dir.load_params(path, only="^" + only, place=place)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype: expected float32 or bfloat16, found {dtype!r}")
 
 
 def _shape_words(shape: tuple[int, ...] | None) -> str:

@@ -16,6 +16,7 @@ from evf_sam_jax import mask_geometry, model_dir
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
+from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.predictor import Job, Prediction, Predictor
 from tests.evf_sam_jax.tiny_model import CONFIG, edited, picture, random_params, write_tiny_model
 
@@ -420,6 +421,60 @@ def test_a_directory_without_a_tower(directory: Path, tmp_path: Path):
         UserError, match="expected a whole EVF-SAM model, found one without encoder"
     ):
         Predictor.load(path)
+
+
+def segmenter_alone(config: evf_sam.EvfSamConfig, path: Path, seed: int = 0) -> Path:
+    """A directory as `python -m convert sam2` makes it."""
+    params = random_params(config, seed)
+    own = {name: leaf for name, leaf in params.items() if name.startswith("segmenter/")}
+    section = {"segmenter": config.to_dict()["segmenter"]}
+    return write(path, own, model_dir.Manifest("sam2_tiny", section))
+
+
+def test_a_segmenter_alone_takes_all_prompts_but_phrases(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, segmenter=Sam2Config.tiny())
+    alone = Predictor.load_segmenter(segmenter_alone(config, tmp_path / "alone"))
+    whole = Predictor.load(write_tiny_model(tmp_path / "whole", config))
+    assert alone.params.keys() == {"segmenter"}
+    low = config.segmenter.low_res_size
+    mask = np.random.default_rng(1).normal(size=(1, low, low)).astype(np.float32)
+    for asked in (BOX, POINTS, POINTS | BOX | {"mask_logits": mask, "multimask": True}):
+        found, expected = (one.predict(IMAGE, **asked) for one in (alone, whole))
+        np.testing.assert_array_equal(found.mask_logits, expected.mask_logits)
+    phrases = "expected points, boxes or masks for a segmenter alone, found phrases"
+    for ask in (
+        lambda: alone.predict(IMAGE, texts=["it"]),
+        lambda: alone.predict(IMAGE, text_ids=[[5]], **BOX),
+        lambda: alone.attention_map(IMAGE, [5]),
+        alone.warm_up,
+    ):
+        with pytest.raises(UserError, match=phrases):
+            ask()
+
+
+@pytest.mark.parametrize("profile", evf_sam.PROFILES)
+def test_of_a_whole_model_the_segmenter_alone_can_be_loaded(profile: str, tmp_path: Path):
+    config = dataclasses.replace(CONFIG, segmenter=Sam2Config.tiny(), profile=profile)
+    path = write_tiny_model(tmp_path / "whole", config)
+    alone = Predictor.load_segmenter(path, dtype="bfloat16")
+    assert alone.params.keys() == {"segmenter"} and alone.config.profile == profile
+    expected = Predictor.load(path, dtype="bfloat16").predict(IMAGE, **BOX)
+    np.testing.assert_array_equal(alone.predict(IMAGE, **BOX).mask_logits, expected.mask_logits)
+
+
+def test_a_directory_without_a_segmenter(directory: Path, tmp_path: Path):
+    config = {"encoder": CONFIG.to_dict()["encoder"]}
+    path = edited(directory, tmp_path / "beit3", config=config)
+    with pytest.raises(UserError, match="expected a model with a segmenter, found one without"):
+        Predictor.load_segmenter(path)
+
+
+def test_a_segmenter_whose_parameters_are_not_its_configs(tmp_path: Path):
+    path = segmenter_alone(CONFIG, tmp_path / "alone")
+    config = {"segmenter": CONFIG.to_dict()["segmenter"] | {"mask_channels": 8}}
+    other = edited(path, tmp_path / "other", config=config)
+    with pytest.raises(UserError, match="parameter segmenter/prompt_encoder/.* by the config"):
+        Predictor.load_segmenter(other)
 
 
 def test_a_directory_whose_parameters_are_not_its_configs(directory: Path, tmp_path: Path):
