@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.table import Plan, Table, build_leaf, check_source, leaf_dtype, make_plan
-from data_pipelines.tokenizers import MODEL_FILES, load_tokenizer
+from data_pipelines.tokenizers import has_tokenizer, load_tokenizer, tokenizer_files
 from evf_sam_jax.model_dir import Manifest, path_leaves, require_space, write_model_dir
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from evf_sam_jax.output_directory import require_absent
@@ -118,7 +118,7 @@ def write_conversion(
 def _check_tokenizer(conversion: Conversion) -> None:
     """Raises UserError for a tokenizer that is none: a model with it could not be loaded."""
     source = conversion.tokenizer_dir
-    if source is not None and any(any(source.glob(pattern)) for pattern in MODEL_FILES):
+    if source is not None and has_tokenizer(source):
         encoder = full_config(conversion.config).encoder
         load_tokenizer(source).check_vocabulary(encoder.vocab_size)
 
@@ -152,7 +152,7 @@ def _notes(conversion: Conversion, manifest: Manifest) -> list[str]:
         )
     if conversion.tokenizer_dir is not None and not manifest.has_tokenizer:
         notes.append(
-            f"{conversion.tokenizer_dir} has no tokenizer ({' or '.join(MODEL_FILES)}): only token "
+            f"{conversion.tokenizer_dir} has no tokenizer ({tokenizer_files()}): only token "
             "ids can be used with this model, not texts"
         )
     return notes

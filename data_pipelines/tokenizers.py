@@ -1,18 +1,21 @@
-"""From a phrase to token ids: SentencePiece with XLM-RoBERTa's id layout, as BEiT-3 was trained.
+"""From a phrase to token ids, as the multimodal encoders were trained: BEiT-3, CLIP, BERT (ViLT).
 
-The layout is fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, then piece k >= 3 of the
-SentencePiece model at k + 1, `<mask>` after the last piece, and added tokens (`[semantic]` = 64002)
-where `added_tokens.json` puts them.
+BEiT-3's is SentencePiece with XLM-RoBERTa's id layout, which is fairseq's: `<s>` 0, `<pad>` 1,
+`</s>` 2, `<unk>` 3, then piece k >= 3 of the SentencePiece model at k + 1, `<mask>` after the last
+piece, and added tokens (`[semantic]` = 64002) where `added_tokens.json` puts them. Ported from
+hustvl/EVF-SAM inference.py:87-91,181 at 9935dc5 (`AutoTokenizer` with `use_fast=False`), that is
+`XLMRobertaTokenizer` of transformers 4.57.
 
-Ported from hustvl/EVF-SAM inference.py:87-91,181 at 9935dc5 (`AutoTokenizer` with
-`use_fast=False`), that is `XLMRobertaTokenizer` of transformers 4.57.
+CLIP's joins bytes in pairs, BERT's is WordPiece. Both are put together from the library
+`tokenizers`, as `CLIPTokenizer` and `BertTokenizer` of transformers 5.24 are.
 
 A literal special token in a phrase (`"<mask> dog"`) becomes its id, as there: a checkpoint sees
-what it saw in training. Spelling it out would guard nothing, since no id of this vocabulary is an
-instruction.
+what it saw in training. Spelling it out would guard nothing, since no id of these vocabularies is
+an instruction.
 
 Differences: an empty phrase and a phrase past the model's positions are refused, which transformers
-passes on; so is half a surrogate pair.
+passes on; so is half a surrogate pair. OpenAI's own CLIP tokenizer also repairs wrongly decoded
+text and HTML entities; transformers' does not, nor does this.
 """
 
 import abc
@@ -22,6 +25,8 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -32,7 +37,18 @@ from evf_sam_jax.errors import UserError
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 FAIRSEQ_OFFSET = 1  # fairseq's vocabulary has `<pad>` where SentencePiece has none
 
-MODEL_FILES = ("sentencepiece.bpe.model", "*.spm")
+CLIP_FILES, BERT_FILES = ("vocab.json", "merges.txt"), ("vocab.txt",)
+# Each kind of tokenizer by the files that it is made of, as patterns of their names.
+KINDS = (("sentencepiece.bpe.model",), ("*.spm",), CLIP_FILES, BERT_FILES)
+CONFIG = "tokenizer_config.json"
+
+CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+# openai/CLIP at dcba3cb, `simple_tokenizer.py`: what is never joined with its neighbours.
+_CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+BERT_BEGIN, BERT_END, BERT_UNKNOWN = "[CLS]", "[SEP]", "[UNK]"
+BERT_SPECIAL = ("[PAD]", BERT_UNKNOWN, BERT_BEGIN, BERT_END, "[MASK]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +70,9 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int
     max_tokens: int
+    _begin: int
+    _end: int
 
-    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of one phrase, begin and end included.
 
@@ -63,6 +80,26 @@ class Tokenizer(abc.ABC):
           UserError: the phrase is empty, no Unicode text, or longer than the model has positions
             for.
         """
+        if not is_unicode(text):
+            raise UserError(
+                f"the phrase {text[:40]!r} is no Unicode text: expected words, "
+                "found half a character"
+            )
+        ids = [self._begin, *self._encode_words(text), self._end]
+        if len(ids) == 2:
+            raise UserError(
+                f"the phrase {text!r} is empty: expected words that name something in the image"
+            )
+        if len(ids) > self.max_tokens:
+            raise UserError(
+                f"the phrase {text[:40]!r}... has {len(ids)} tokens, "
+                f"expected at most {self.max_tokens}"
+            )
+        return ids
+
+    @abc.abstractmethod
+    def _encode_words(self, text: str) -> list[int]:
+        """The ids between begin and end."""
 
     def check_vocabulary(self, rows: int) -> None:
         """Refuses a tokenizer whose ids do not fit a text embedding of `rows` rows."""
@@ -75,6 +112,8 @@ class Tokenizer(abc.ABC):
 
 class SentencePieceTokenizer(Tokenizer):
     """BEiT-3's: SentencePiece in XLM-RoBERTa's id layout."""
+
+    _begin, _end = BOS_ID, EOS_ID
 
     def __init__(self, model: bytes, added: Mapping[str, AddedToken], max_tokens: int):
         self._model = model
@@ -99,25 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __reduce__(self):
         return SentencePieceTokenizer, (self._model, self._added, self.max_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        if not is_unicode(text):
-            raise UserError(
-                f"the phrase {text[:40]!r} is no Unicode text: expected words, "
-                "found half a character"
-            )
-        ids = [BOS_ID, *self._encode_text(text), EOS_ID]
-        if len(ids) == 2:
-            raise UserError(
-                f"the phrase {text!r} is empty: expected words that name something in the image"
-            )
-        if len(ids) > self.max_tokens:
-            raise UserError(
-                f"the phrase {text[:40]!r}... has {len(ids)} tokens, "
-                f"expected at most {self.max_tokens}"
-            )
-        return ids
-
-    def _encode_text(self, text: str) -> list[int]:
+    def _encode_words(self, text: str) -> list[int]:
         parts = self._split.split(text)
         for i in range(1, len(parts), 2):  # odd parts are the special tokens
             token = self._special[parts[i]]
@@ -134,6 +155,106 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
 
+class _ComposedTokenizer(Tokenizer):
+    """One that is put together from the library `tokenizers`.
+
+    Attributes:
+      files: the content of the tokenizer's files by their names.
+    """
+
+    def __init__(self, files: Mapping[str, str], max_tokens: int):
+        self.files = dict(files)
+        self.max_tokens = max_tokens
+        self._composed, begin, end = self._compose(_library())
+        vocabulary = self._composed.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values())
+        self._begin, self._end = vocabulary[begin], vocabulary[end]
+
+    def __reduce__(self):
+        return type(self), (self.files, self.max_tokens)
+
+    @abc.abstractmethod
+    def _compose(self, library: ModuleType) -> tuple[Any, str, str]:
+        """The library's tokenizer, and the pieces that begin and end a phrase."""
+
+    def _encode_words(self, text: str) -> list[int]:
+        return self._composed.encode(text, add_special_tokens=False).ids
+
+
+class ClipTokenizer(_ComposedTokenizer):
+    """CLIP's, of OpenAI and OpenCLIP alike: lower case, pairs of bytes joined within words."""
+
+    def _compose(self, library: ModuleType) -> tuple[Any, str, str]:
+        vocabulary = _json_object(self.files["vocab.json"], "vocab.json")
+        _require(vocabulary, (CLIP_BEGIN, CLIP_END), "vocab.json")
+        lines = self.files["merges.txt"].splitlines()
+        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise UserError("merges.txt: expected two pieces a line, found another number")
+        normalizers, split = library.normalizers, library.pre_tokenizers
+        composed = library.Tokenizer(
+            library.models.BPE(
+                vocab=vocabulary, merges=pairs, end_of_word_suffix="</w>", unk_token=CLIP_END
+            )
+        )
+        spaces = normalizers.Replace(library.Regex(r"\s+"), " ")
+        composed.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), spaces, normalizers.Lowercase()]
+        )
+        words = split.Split(library.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+        composed.pre_tokenizer = split.Sequence([words, split.ByteLevel(add_prefix_space=False)])
+        composed.add_special_tokens([CLIP_BEGIN, CLIP_END])
+        return composed, CLIP_BEGIN, CLIP_END
+
+
+class BertTokenizer(_ComposedTokenizer):
+    """BERT's, as ViLT uses it; lower case without accents where its config says nothing else."""
+
+    def _compose(self, library: ModuleType) -> tuple[Any, str, str]:
+        pieces = self.files["vocab.txt"].split("\n")
+        vocabulary = {piece.rstrip("\r"): index for index, piece in enumerate(pieces) if piece}
+        _require(vocabulary, BERT_SPECIAL, "vocab.txt")
+        options = _json_object(self.files.get(CONFIG, "{}"), CONFIG)
+        composed = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=BERT_UNKNOWN))
+        composed.normalizer = library.normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=_option(options, "tokenize_chinese_chars", True),
+            strip_accents=_option(options, "strip_accents", None),  # None: as lower case
+            lowercase=_option(options, "do_lower_case", True),
+        )
+        composed.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        composed.add_special_tokens(list(BERT_SPECIAL))
+        return composed, BERT_BEGIN, BERT_END
+
+
+def _library() -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(
+            "the tokenizers of CLIP and ViLT are made with the package tokenizers, "
+            "found none: pip install 'evf-sam-jax[hf]'"
+        ) from None
+    return tokenizers
+
+
+def _require(vocabulary: Mapping[str, Any], pieces: tuple[str, ...], name: str) -> None:
+    missing = [f"no {piece}" for piece in pieces if piece not in vocabulary]
+    strange = [f"the id {one!r}" for one in vocabulary.values() if not isinstance(one, int)]
+    if missing or strange:
+        raise UserError(
+            f"{name}: expected pieces with their ids, {' and '.join(pieces)} among them, "
+            f"found {(missing + strange)[0]}"
+        )
+
+
+def _option(options: Mapping[str, Any], name: str, default: bool | None) -> bool | None:
+    value = options.get(name, default)
+    if not isinstance(value, bool | None):
+        raise UserError(f"{CONFIG}: expected true or false for {name}, found {value!r}")
+    return value
+
+
 def is_unicode(text: str) -> bool:
     """False if a surrogate is left of a pair, which JSON's "\\ud800" can say and no text can."""
     try:
@@ -143,24 +264,49 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def load_tokenizer(directory: str | os.PathLike, max_tokens: int = 1022) -> Tokenizer:
+def has_tokenizer(directory: str | os.PathLike) -> bool:
+    """Whether all files of one kind of tokenizer are there."""
+    return _kind(pathlib.Path(directory)) is not None
+
+
+def load_tokenizer(directory: str | os.PathLike, max_tokens: int | None = None) -> Tokenizer:
     """Reads the tokenizer files of `directory`, or of its subdirectory `tokenizer`.
 
     Args:
-      directory: holds `sentencepiece.bpe.model` or one `.spm`, and perhaps `added_tokens.json` and
-        `tokenizer_config.json`.
-      max_tokens: positions of the model less two: BEiT-3 has 1024 and begins at the third
-        (torchscale 0.2.0, `component/embedding.py`, `PositionalEmbedding`).
+      directory: holds the files of one of `KINDS`, and perhaps `added_tokens.json` (SentencePiece)
+        and `tokenizer_config.json`.
+      max_tokens: what the model has positions for; None: as the released BEiT-3 has, whose 1024
+        begin at the third (torchscale 0.2.0, `component/embedding.py`), CLIP 77 and ViLT 40.
 
     Raises:
-      UserError: no tokenizer there, or a file that cannot be read as one.
+      UserError: no tokenizer there, or a file that cannot be read as one; for CLIP and BERT also,
+        the package `tokenizers` is not installed.
     """
-    path = _find_model(pathlib.Path(directory))
-    added = read_added_tokens(path.parent)
-    try:
-        return SentencePieceTokenizer(path.read_bytes(), added, max_tokens)
-    except (RuntimeError, OSError) as error:  # SentencePiece raises RuntimeError
-        raise UserError(f"{path}: expected a SentencePiece model, found something else") from error
+    for place in (pathlib.Path(directory), pathlib.Path(directory) / "tokenizer"):
+        patterns = _kind(place)
+        if patterns == CLIP_FILES:
+            return _load_composed(ClipTokenizer, place, CLIP_FILES, max_tokens or 77)
+        if patterns == BERT_FILES:
+            return _load_composed(BertTokenizer, place, BERT_FILES, max_tokens or 40)
+        if patterns is not None:
+            return _load_sentencepiece(place, patterns[0], max_tokens or 1022)
+    raise UserError(
+        f"{directory}: no tokenizer: expected {tokenizer_files()} there or in its subdirectory "
+        "tokenizer"
+    )
+
+
+def _kind(directory: pathlib.Path) -> tuple[str, ...] | None:
+    """The first of `KINDS` whose files are all there."""
+    for patterns in KINDS:
+        if all(any(directory.glob(pattern)) for pattern in patterns):
+            return patterns
+    return None
+
+
+def tokenizer_files() -> str:
+    """The files of each kind, in words."""
+    return " or ".join(" and ".join(patterns) for patterns in KINDS)
 
 
 def pad_token_ids(
@@ -181,19 +327,39 @@ def pad_token_ids(
     return padded, valid
 
 
-def _find_model(directory: pathlib.Path) -> pathlib.Path:
-    for place in (directory, directory / "tokenizer"):
-        for pattern in MODEL_FILES:
-            found = sorted(place.glob(pattern))
-            if len(found) > 1:
-                names = ", ".join(path.name for path in found)
-                raise UserError(f"{place}: expected one SentencePiece model, found {names}")
-            if found:
-                return found[0]
-    raise UserError(
-        f"{directory}: no tokenizer: expected sentencepiece.bpe.model or one .spm file "
-        "there or in its subdirectory tokenizer"
-    )
+def _load_sentencepiece(
+    directory: pathlib.Path, pattern: str, max_tokens: int
+) -> SentencePieceTokenizer:
+    found = sorted(directory.glob(pattern))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{directory}: expected one SentencePiece model, found {names}")
+    added = read_added_tokens(directory)
+    try:
+        return SentencePieceTokenizer(found[0].read_bytes(), added, max_tokens)
+    except (RuntimeError, OSError) as error:  # SentencePiece raises RuntimeError
+        raise UserError(
+            f"{found[0]}: expected a SentencePiece model, found something else"
+        ) from error
+
+
+def _load_composed(
+    tokenizer: type[_ComposedTokenizer],
+    directory: pathlib.Path,
+    names: tuple[str, ...],
+    max_tokens: int,
+) -> Tokenizer:
+    present = [name for name in (*names, CONFIG) if (directory / name).exists()]
+    try:
+        files = {name: (directory / name).read_text(encoding="utf-8") for name in present}
+        return tokenizer(files, max_tokens)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    except Exception as error:  # the library raises no other type
+        raise UserError(
+            f"{directory}: expected {' and '.join(names)} of one tokenizer, found otherwise "
+            f"({error})"
+        ) from error
 
 
 def read_added_tokens(directory: pathlib.Path) -> dict[str, AddedToken]:
@@ -213,13 +379,15 @@ def read_added_tokens(directory: pathlib.Path) -> dict[str, AddedToken]:
     return added
 
 
-def _read_json(path: pathlib.Path) -> dict:
-    if not path.exists():
-        return {}
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    return _json_object(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+
+
+def _json_object(text: str, name: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found something else ({error})") from error
+        raise UserError(f"{name}: expected JSON, found something else ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise UserError(f"{name}: expected a JSON object, found {type(content).__name__}")
     return content

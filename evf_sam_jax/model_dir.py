@@ -26,16 +26,16 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from data_pipelines.tokenizers import MODEL_FILES
+from data_pipelines.tokenizers import CONFIG, KINDS, has_tokenizer
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.output_directory import new_directory
 
 FORMAT_VERSION = 1
-# Glob patterns; those of the model first, without which texts cannot be encoded.
+# Glob patterns; those of the vocabulary first, without which texts cannot be encoded.
 TOKENIZER_FILES = (
-    *MODEL_FILES,
+    *(pattern for kind in KINDS for pattern in kind),
     "added_tokens.json",
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "tokenizer.json",
 )
@@ -375,7 +375,7 @@ def _copy_tokenizer(source: Path, target: Path) -> bool:
         target.mkdir()
         for file in files:
             shutil.copyfile(file, target / file.name)
-    return any(file.match(pattern) for file in files for pattern in MODEL_FILES)
+    return has_tokenizer(source)
 
 
 def _first_line(error: Exception) -> str:
