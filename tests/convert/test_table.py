@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import beit3, evf_sam, sam
+from convert import beit3, efficient_sam, evf_sam, sam, sam2
 from convert.checkpoint_files import SourceTensor
 from convert.table import (
     AS_IS,
@@ -159,6 +159,8 @@ def plans(pinned: dict[str, dict[str, list[int]]]) -> dict[str, Plan]:
     tables = {"evf_sam": evf_sam.table(RELEASED["evf-sam"])}
     tables["tiny"] = evf_sam.table(EvfSamConfig.tiny())
     tables |= {name: sam.table(config) for name, config in sam.CONFIGS.items()}
+    tables |= {name: efficient_sam.table(config) for name, config in efficient_sam.CONFIGS.items()}
+    tables |= {f"sam2_{name}": sam2.table(config) for name, config in sam2.CONFIGS.items()}
     tables |= {name: beit3.table(config) for name, config in beit3.CONFIGS.items()}
     shapes = {name: {path: tuple(s) for path, s in one.items()} for name, one in pinned.items()}
     # That they can be made shows that each table fills its paths exactly once.

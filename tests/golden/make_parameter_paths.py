@@ -13,6 +13,7 @@ from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam2.config import Sam2Config
 
 FILE = pathlib.Path(__file__).parent / "parameter_paths.json"
 
@@ -25,6 +26,15 @@ def parameter_paths() -> dict[str, dict[str, list[int]]]:
     vit_l = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_l()))
     vitt = _shapes(dataclasses.replace(tiny, segmenter=EfficientSamConfig.vitt()))
     vits = _shapes(dataclasses.replace(tiny, segmenter=EfficientSamConfig.vits()))
+    sam2 = {
+        f"sam2_{size}": _tower(_shapes(dataclasses.replace(tiny, segmenter=config)), "segmenter")
+        for size, config in (
+            ("hiera_tiny", Sam2Config.hiera_tiny()),
+            ("hiera_small", Sam2Config.hiera_small()),
+            ("hiera_base_plus", Sam2Config.hiera_base_plus()),
+            ("hiera_large", Sam2Config.hiera_large()),
+        )
+    }
     return {
         "evf_sam": evf_sam,
         "tiny": _shapes(tiny),
@@ -33,6 +43,7 @@ def parameter_paths() -> dict[str, dict[str, list[int]]]:
         "sam_vit_h": _tower(evf_sam, "segmenter"),
         "efficient_sam_vitt": _tower(vitt, "segmenter"),
         "efficient_sam_vits": _tower(vits, "segmenter"),
+        **sam2,
         "beit3_base": _tower(evf_sam_base, "encoder"),
         "beit3_large": _tower(evf_sam, "encoder"),
     }
