@@ -10,7 +10,6 @@ Differences:
     selects by gIoU.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,16 @@ from ml_collections import ConfigDict
 from configs.arguments import parse_arguments
 from data_pipelines.source import SEMANTIC_PREFIX
 from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.model_dir import read_manifest
 from evf_sam_jax.models.beit3 import Beit3Config
+from evf_sam_jax.models.clip import ClipConfig
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
+from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam2.config import Sam2Config
+from evf_sam_jax.models.vilt import ViltConfig
 
 # Who split the refs -> the data set's name (data_pipelines/refer.py).
 _REFER_SETS = {
@@ -38,12 +45,29 @@ _EVALUATION_SPLITS = {
     "refcocog_google": ("val",),
 }
 
-ENCODERS = {"beit3_large": Beit3Config.large(), "beit3_base": Beit3Config.base()}
+# Directories of FOUNDATIONS, by the names that `python -m convert` gives the variants.
+ENCODERS = {
+    "beit3_large": Beit3Config.large(),
+    "beit3_base": Beit3Config.base(),
+    "clip_l14_openai": ClipConfig.l14_openai(),
+    "clip_l14": ClipConfig.l14(),
+    "clip_h14": ClipConfig.h14(),
+    "vilt_b32": ViltConfig.b32(),
+}
 SEGMENTERS = {
     "sam_vit_h": SamConfig.vit_h(),
     "sam_vit_l": SamConfig.vit_l(),
     "sam_vit_b": SamConfig.vit_b(),
+    # Weights of SAM 2.1 have the same sizes: put a directory of them under this name.
+    "sam2_hiera_large": Sam2Config.hiera_large(),
+    "sam2_hiera_base_plus": Sam2Config.hiera_base_plus(),
+    "sam2_hiera_small": Sam2Config.hiera_small(),
+    "sam2_hiera_tiny": Sam2Config.hiera_tiny(),
+    "efficient_sam_vits": EfficientSamConfig.vits(),
+    "efficient_sam_vitt": EfficientSamConfig.vitt(),
 }
+# Arguments that leave something as the encoder or model is, or fuse in all layers.
+_AS_IT_IS, _ALL = "as_it_is", "all"
 
 _ARGUMENTS: dict[str, Any] = dict(
     # What a run begins with: converted foundations, or a whole model. `foundations=none` has their
@@ -52,6 +76,24 @@ _ARGUMENTS: dict[str, Any] = dict(
     encoder=tuple(ENCODERS),
     segmenter=tuple(SEGMENTERS),
     model="",
+    # How the encoder fuses image and text, what is read out of it, and how it is projected: what
+    # the paper's Tables 3 and 5 compare. configs/ablations.py has their rows.
+    fusion=(_AS_IT_IS, "early", "late", "text"),
+    early_layers=_ALL,
+    readout=(
+        _AS_IT_IS,
+        "image_cls",
+        "text_cls",
+        "text_eos",
+        "pooler",
+        "image_mean",
+        "concat",
+    ),
+    concat=(_AS_IT_IS, "channels", "tokens"),
+    projected=(_AS_IT_IS, "true", "false"),
+    projector_width=0,
+    # Of preprocessing and decoding; by default that of `model`, and for new ones the current one.
+    profile=(_AS_IT_IS, "current", "legacy"),
     # Data: the folder that holds `refer_seg`, or what `data_pipelines.prepare` wrote.
     data="",
     refclef=("unc", "berkeley", "none"),
@@ -142,15 +184,20 @@ def make_recipe(
     config.profile_every = 0
 
     # Model: sizes come with the directories; whatever they have not, here the projector, is drawn.
-    encoder, segmenter = dict(dtype="bfloat16", remat=True), dict(dtype="bfloat16", encoder_chunk=1)
+    encoder = dict(dtype="bfloat16", remat=True, **_encoder_choices(arguments))
+    segmenter = dict(dtype="bfloat16", encoder_chunk=1)
     config.init = dict(model=arguments["model"], encoder="", segmenter="", frozen_dtype="bfloat16")
     if arguments["foundations"] == "none":
-        encoder = {**dataclasses.asdict(ENCODERS[arguments["encoder"]]), **encoder}
-        segmenter = {**dataclasses.asdict(SEGMENTERS[arguments["segmenter"]]), **segmenter}
+        encoder = {**tower_to_dict(ENCODERS[arguments["encoder"]]), **encoder}
+        segmenter = {**tower_to_dict(SEGMENTERS[arguments["segmenter"]]), **segmenter}
     elif arguments["foundations"]:
         for tower in ("encoder", "segmenter"):
             config.init[tower] = f"{arguments['foundations']}/{arguments[tower]}"
     config.model = ConfigDict(dict(encoder=encoder, segmenter=segmenter))
+    if arguments["profile"] != _AS_IT_IS:
+        config.model.profile = arguments["profile"]
+    if arguments["projector_width"]:
+        config.model.projector_width = arguments["projector_width"]
 
     # Data
     name, root = arguments["held_out"], arguments["data"]
@@ -224,6 +271,25 @@ def require_semantic_token(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def _encoder_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the encoder's configuration that are asked to be other than they are."""
+    chosen = {
+        key: arguments[key]
+        for key in ("fusion", "readout", "concat")
+        if arguments[key] != _AS_IT_IS
+    }
+    if arguments["projected"] != _AS_IT_IS:
+        chosen["projected"] = arguments["projected"] == "true"
+    layers = arguments["early_layers"]
+    if layers != _ALL:
+        if not layers.isdecimal():
+            raise ValueError(
+                f"config argument 'early_layers': expected {_ALL} or a number, found {layers!r}"
+            )
+        chosen["early_layers"] = int(layers)
+    return chosen
+
+
 def _split_by(arguments: Mapping[str, Any], family: str) -> str | None:
     """The name of a data set of RefCOCO's family in the split asked for; None: it is left out."""
     names = _REFER_SETS.get(family, {})
@@ -244,13 +310,35 @@ def _evaluation_datasets(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trainable(arguments: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
-    more = arguments["also_train"]
+    more, train_prompts = arguments["also_train"], arguments["train_prompt_encoder"]
     return (
         *(((more, True),) if more else ()),
         ("encoder/.*", arguments["train_encoder"]),
         ("projector/.*", True),
-        ("segmenter/mask_decoder/.*", arguments["train_mask_decoder"]),
+        # Of SAM-2, what the decoder adds of finer features is computed once an image.
+        (
+            "segmenter/(mask_decoder|image_encoder/neck/conv_s[01])/.*",
+            arguments["train_mask_decoder"],
+        ),
         # All that the original's `train_prompt_encoder` trains: 256 numbers.
-        ("segmenter/prompt_encoder/no_mask_embed", arguments["train_prompt_encoder"]),
+        *(
+            [("segmenter/prompt_encoder/no_mask_embed", train_prompts)]
+            if _has_dense(arguments)
+            else []
+        ),
         ("segmenter/.*", False),
     )
+
+
+def _has_dense(arguments: Mapping[str, Any]) -> bool:
+    """Whether the segmenter adds something to the image where there is no mask prompt.
+
+    A model directory that cannot be read is left to whoever needs it.
+    """
+    segmenter = SEGMENTERS[arguments["segmenter"]]
+    if arguments["model"]:
+        try:
+            segmenter = EvfSamConfig.from_dict(read_manifest(arguments["model"]).config).segmenter
+        except UserError:
+            return True
+    return segmenter.mask_prompts

@@ -268,6 +268,27 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """The row of the paper's tables that an experiment is about.
+
+    Attributes:
+      source: which row.
+      sets: what the scores are of.
+      ciou: in percent; None: not available.
+      parameters: as the paper writes them; "": none.
+      modules: what the paper counts: modules whose names begin so.
+      note: why our count is another.
+    """
+
+    source: str
+    sets: str
+    ciou: tuple[float | None, ...]
+    parameters: str = ""
+    modules: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """A whole run.
 
@@ -280,6 +301,7 @@ class ExperimentConfig:
       log_every: steps between two lines of progress.
       profile_every: steps between two profiles (of `PROFILED_STEPS` steps each, in `profile/`); 0:
         none.
+      paper: what it is to be compared with.
     """
 
     seed: int
@@ -292,6 +314,7 @@ class ExperimentConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = 100
     profile_every: int = 0
+    paper: PaperRow | None = None
 
     def __post_init__(self) -> None:
         _check_positive("log_every", self.log_every)
@@ -333,6 +356,7 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
         init=init,
         mesh=_build(MeshConfig, values.get("mesh", {}), "config.mesh"),
         checkpoints=_build(CheckpointConfig, values.get("checkpoints", {}), "config.checkpoints"),
+        paper=_build(PaperRow, values["paper"], "config.paper") if values.get("paper") else None,
     )
     return _build(ExperimentConfig, values, "config")
 

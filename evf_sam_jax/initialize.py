@@ -56,7 +56,9 @@ def initial_params(
     for key, (directory, pattern) in directories.items():
         expected = {path: leaf for path, leaf in shapes.items() if re.match(pattern, path)}
         _check_leaves(key, directory, expected)
-        for path, leaf in iterate_params(directory, only=pattern):
+        # A foundation may have more, such as the tower of a modality that is left out.
+        only = "|".join(f"^{re.escape(path)}$" for path in expected)
+        for path, leaf in iterate_params(directory, only=only):
             scaled = leaf if factors[path] == 1 else factors[path] * leaf
             leaves[path] = _put(path, scaled.astype(dtype(path)), shardings)
     random = {path: factors[path] for path in shapes if path not in leaves}

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from evf_sam_jax.experiment import PaperRow
 from evf_sam_jax.flops import PEAK_FLOPS
 from evf_sam_jax.plan import Device, StagePlan, plan_elsewhere
 from evf_sam_jax.progress import STEPS_AHEAD
@@ -60,6 +61,8 @@ def print_plan(values: Mapping[str, Any], device: Device) -> None:
     """
     for plan in plan_elsewhere(values, device):
         print(plan_text(plan, device), end="\n\n")
+        if row := values.get("paper"):
+            print(paper_text(plan.parameters, PaperRow(**row)), end="\n\n")
 
 
 def plan_text(plan: StagePlan, device: Device) -> str:
@@ -100,6 +103,26 @@ def plan_text(plan: StagePlan, device: Device) -> str:
         *_times(plan, device),
         *_traffic(plan, device),
     ]
+    return "\n".join(lines)
+
+
+def paper_text(parameters: Mapping[str, tuple[int, int]], row: PaperRow) -> str:
+    """The paper's figures of what is planned, beside our number of parameters.
+
+    Args:
+      parameters: as of `StagePlan`.
+    """
+    scores = " / ".join("not available" if one is None else f"{one:.1f}" for one in row.ciou)
+    lines = [f"the paper's {row.source}: cIoU of {row.sets} {scores}"]
+    if row.parameters:
+        counted = [
+            trained + frozen
+            for module, (trained, frozen) in parameters.items()
+            if module.startswith(row.modules)
+        ]
+        of = f" of the {row.modules}" if row.modules else ""
+        lines.append(f"its parameters{of}: {row.parameters}; ours: {sum(counted):,}")
+        lines += [f"({row.note})"] if row.note else []
     return "\n".join(lines)
 
 
