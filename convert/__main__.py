@@ -8,13 +8,12 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-from convert import beit3, efficient_sam, evf_sam, sam, sam2
+from convert import beit3, clip, efficient_sam, evf_sam, sam, sam2, vilt
 from convert.inspect_model import inspect_model
 from convert.to_model_dir import DTYPES, Conversion, write_conversion
 from convert.to_torch import write_torch
 from evf_sam_jax.errors import UserError, run_command
 from evf_sam_jax.models.evf_sam import PROFILES
-
 
 # Command -> its module, what it converts, and what it reads; the size follows from the shapes.
 _TOWERS = {
@@ -22,6 +21,8 @@ _TOWERS = {
     "sam2": (sam2, "a SAM 2 or SAM 2.1 checkpoint, Hiera T, S, B+ or L", "FILE"),
     "efficient-sam": (efficient_sam, "an EfficientSAM checkpoint, T or S", "FILE"),
     "beit3": (beit3, "a BEiT-3 checkpoint, base or large", "FILE"),
+    "clip": (clip, "a CLIP of transformers or open_clip, L/14 or H/14", "SOURCE"),
+    "vilt": (vilt, "a ViLT directory of transformers, B/32", "SOURCE_DIR"),
 }
 
 

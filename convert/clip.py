@@ -36,7 +36,6 @@ _FUSED_LINEAR = Transform(
     lambda x: x.transpose(0, 2, 1).reshape(-1, x.shape[1]),
 )
 _FUSED_BIAS = Transform("[3 out] <-> [3,out]", lambda x: x.reshape(3, -1), lambda x: x.reshape(-1))
-_PARTS = {"q": (0,), "k": (1,), "v": (2,)}
 
 CONFIGS = {
     "clip_l14_openai": ClipConfig.l14_openai(),
@@ -50,22 +49,28 @@ _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
-def table(config: ClipConfig, variant: str = "") -> Table:
-    """The table of a CLIP.
+def table(config: ClipConfig) -> Table:
+    """The table of a CLIP under the names that transformers gives its tensors."""
+    return _table(config, *_transformers(config))
 
-    Args:
-      variant: of the manifest; it says whose names the checkpoint had, transformers' by default.
-    """
-    names = _open_clip(config) if variant.startswith(OPEN_CLIP) else _transformers(config)
+
+def table_of_variant(config: ClipConfig, variant: str) -> Table:
+    """The table of a CLIP under the names of what it was converted from."""
+    if variant.startswith(OPEN_CLIP):
+        return _table(config, *_open_clip(config))
+    return table(config)
+
+
+def _table(config: ClipConfig, rules: tuple[Rule, ...], ignored: tuple[Ignored, ...]) -> Table:
     return Table(
-        rules=names[0],
+        rules=rules,
         fields={
             "text_layer": {str(layer): (layer,) for layer in range(config.text_layers)},
             "vision_layer": {str(layer): (layer,) for layer in range(config.vision_layers)},
-            "part": _PARTS,
-            "fc": {name: name for name in ("fc1", "fc2")},
+            "part": {"q": (0,), "k": (1,), "v": (2,)},
+            "clip_fc": {name: name for name in ("fc1", "fc2")},
         },
-        ignored=names[1],
+        ignored=ignored,
     )
 
 
@@ -106,7 +111,7 @@ def _layer(source: str, target: str) -> tuple[Rule, ...]:
         *weight_and_bias(f"{attention[0]}.{{part}}_proj", f"{attention[1]}/qkv", LINEAR),
         *weight_and_bias(f"{attention[0]}.out_proj", f"{attention[1]}/out_proj", LINEAR),
         *norm(f"{source}.layer_norm2", f"{target}/norm2"),
-        *weight_and_bias(f"{source}.mlp.{{fc}}", f"{target}/{{fc}}", LINEAR),
+        *weight_and_bias(f"{source}.mlp.{{clip_fc}}", f"{target}/{{clip_fc}}", LINEAR),
     )
 
 
@@ -202,7 +207,7 @@ def convert(path: Path) -> Conversion:
     return Conversion(
         variant=variant,
         config=section,
-        table=table(config, variant),
+        table=table_of_variant(config, variant),
         shapes=leaf_shapes(section),
         checkpoint=checkpoint,
         where=str(path),

@@ -29,13 +29,13 @@ from evf_sam_jax.model_dir import (
 from evf_sam_jax.output_directory import new_directory, require_absent
 
 
-def table_of(config: dict[str, Any]) -> Table:
-    """The table of a manifest's `config`, which has both towers or one."""
+def table_of(config: dict[str, Any], variant: str = "") -> Table:
+    """The table of a manifest's `config`, which has both towers or one, and its `variant`."""
     whole = full_config(config)
     if "encoder" not in config:
-        return tower_table(whole.segmenter)
+        return tower_table(whole.segmenter, variant)
     if "segmenter" not in config:
-        return tower_table(whole.encoder)
+        return tower_table(whole.encoder, variant)
     return evf_sam.table(whole)
 
 
@@ -54,7 +54,7 @@ def write_torch(model_dir: Path, out_dir: Path) -> tuple[str, ...]:
     """
     require_absent(out_dir)
     manifest = read_manifest(model_dir)
-    plan = make_plan(table_of(manifest.config), leaf_shapes(manifest.config))
+    plan = make_plan(table_of(manifest.config, manifest.variant), leaf_shapes(manifest.config))
     stored = describe(model_dir)
     if {path: leaf.shape for path, leaf in stored.items()} != plan.shapes:
         raise UserError(
