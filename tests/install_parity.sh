@@ -15,6 +15,8 @@ python="${PYTHON:-python}"
 # sam2 comes as source, whose setup.py imports torch; its CUDA kernels are of no use here.
 "$python" -m pip install "setuptools>=77"
 SAM2_BUILD_CUDA=0 "$python" -m pip install --no-deps --no-build-isolation "sam2==1.1.0"
+# CLIP and ViLT, with their tokenizers and images; it works without torchvision.
+"$python" -m pip install "transformers==5.24.0"
 
 cd "$(dirname "$0")/.."
 "$python" -c "
@@ -22,5 +24,6 @@ from tests.parity import originals
 originals.segment_anything()
 originals.torchscale_beit3()
 originals.sam2()
+from transformers import CLIPModel, ViltModel
 print('the originals import: pytest -m torch can run')
 "

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.parity import beit3_cases, sam2_cases, sam_cases
+from tests.parity import (
+    beit3_cases,
+    clip_cases,
+    encoder_image_cases,
+    sam2_cases,
+    sam_cases,
+    vilt_cases,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -35,6 +42,15 @@ def main() -> None:
             f"beit3_{name}": beit3_cases.original_outputs(config)
             for name, config in beit3_cases.CONFIGS.items()
         }
+        | {
+            f"clip_{name}": clip_cases.original_outputs(config)
+            for name, config in clip_cases.CONFIGS.items()
+        }
+        | {
+            f"vilt_{name}": vilt_cases.original_outputs(vilt_cases.SMALL, sizes)
+            for name, sizes in vilt_cases.SIZES.items()
+        }
+        | {"encoder_images": encoder_image_cases.stored_outputs()}
     )
     for name, arrays in outputs.items():
         np.savez_compressed(FOLDER / f"{name}.npz", **thinned(arrays))

@@ -4,7 +4,7 @@
 `tests/install_parity.sh` without their dependencies, which would bring gigabytes and, for `timm`
 0.4.12, code that no longer runs. Of those dependencies they use a few functions at import time and
 two at run time; here these are stand-ins that exist only while the originals are being imported, so
-that no other package takes them for the real thing.
+that no other package takes them for the real thing. `transformers` needs none.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from PIL import Image
 
 def missing_originals() -> list[str]:
     """The packages of the `torch` tier that are not installed."""
-    needed = ("torch", "segment_anything", "torchscale", "sam2")
+    needed = ("torch", "segment_anything", "torchscale", "sam2", "transformers")
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
