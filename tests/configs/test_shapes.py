@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import evaluate, shapes
@@ -9,7 +10,8 @@ from data_pipelines.shapes import DEFAULT_CONFIG
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.config import job_from_dict
 from evf_sam_jax.experiment import experiment_from_dict
-from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.initialize import finished_model, initial_params
+from evf_sam_jax.model_dir import path_leaves, write_model_dir
 from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.sharding import make_mesh
 from evf_sam_jax.train import make_stages, train
@@ -21,6 +23,73 @@ def test_rules_cover_the_model(fusion: str):
     config = experiment_from_dict(shapes.get_config(f"fusion={fusion}").to_dict())
     assert config.model.encoder.fusion == fusion
     make_stages(config, make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    ("argument", "changed"),
+    [
+        ("", {"readout": "image_cls", "early_layers": None}),
+        ("early_layers=0", {"early_layers": 0}),
+        ("early_layers=2,readout=image_mean", {"early_layers": 2, "readout": "image_mean"}),
+        ("fusion=late", {"readout": "concat", "concat": "channels"}),
+        ("fusion=late,concat=tokens", {"readout": "concat", "concat": "tokens"}),
+        ("fusion=late,readout=text_cls", {"readout": "text_cls"}),
+        ("fusion=text", {"readout": "text_cls"}),
+        ("size=small,readout=concat", {"readout": "concat", "width": 64, "layers": 4}),
+    ],
+)
+def test_arguments_choose_fusion_and_readout(argument: str, changed: dict):
+    config = experiment_from_dict(shapes.get_config(argument).to_dict())
+    assert {key: getattr(config.model.encoder, key) for key in changed} == changed
+    make_stages(config, make_mesh(config.mesh))
+
+
+@pytest.mark.parametrize(
+    ("argument", "trained"),
+    [
+        ("", {"encoder", "mask_decoder", "no_mask_embed"}),
+        ("train_encoder=false,train_prompt_encoder=false", {"mask_decoder"}),
+        ("train_mask_decoder=false,train_prompt_encoder=false", {"encoder"}),
+        ("train_prompt_encoder=false", {"encoder", "mask_decoder"}),
+        ("pretrain_steps=0", {"encoder", "mask_decoder", "no_mask_embed", "image_encoder"}),
+        (
+            "pretrain_steps=0,train_encoder=false",
+            {"mask_decoder", "no_mask_embed", "image_encoder"},
+        ),
+    ],
+)
+def test_arguments_choose_what_phrases_train(argument: str, trained: set):
+    config = experiment_from_dict(shapes.get_config(argument).to_dict())
+    paths = path_leaves(split_params(param_shapes(config.model), config.stages[-1].trainable)[0])
+    assert any(path.startswith("projector/") for path in paths)
+    modules = {path.removeprefix("segmenter/prompt_encoder/") for path in paths}
+    modules = {path.removeprefix("segmenter/").split("/")[0] for path in modules}
+    assert modules == trained | {"projector"}
+
+
+def test_steps_of_0_leave_a_stage_out():
+    def steps(argument: str) -> dict[str, int]:
+        config = experiment_from_dict(shapes.get_config(argument).to_dict())
+        return {stage.name: stage.steps for stage in config.stages}
+
+    assert steps("") == {"pretrain": 800, "referring": 4000}
+    assert steps("pretrain_steps=0,steps=7") == {"referring": 7}
+    assert steps("steps=0,size=small") == {"pretrain": 800}
+    for none in ("steps=0,pretrain_steps=0", "steps=-1", "segmenter=somewhere,steps=0"):
+        with pytest.raises(ValueError, match="'pretrain_steps' and 'steps': expected 0 or more"):
+            shapes.get_config(none)
+
+
+def test_a_run_begins_with_the_segmenter_of_another(tmp_path: Path):
+    first = experiment_from_dict(shapes.get_config("size=small,steps=0,seed=3").to_dict())
+    params = initial_params(first)
+    write_model_dir(tmp_path / "model", *finished_model(first, params, frozenset())[:2])
+    argument = f"size=small,fusion=text,segmenter={tmp_path / 'model'}"
+    config = experiment_from_dict(shapes.get_config(argument).to_dict())
+    assert [stage.name for stage in config.stages] == ["referring"]
+    begun = path_leaves(initial_params(config)["segmenter"])
+    for path, leaf in path_leaves(params["segmenter"]).items():
+        np.testing.assert_array_equal(begun[path], leaf, err_msg=path)
 
 
 def test_stages_run_in_the_order_given():

@@ -1,0 +1,284 @@
+"""The paper's comparisons on the embedded data set, each row trained with three seeds.
+
+    python -m benchmarks.ablation_shapes --out runs/ablation
+
+Fusion (the paper's Table 3), read-out (Table 5) and trainable modules (Table 4), in a small size of
+configs/shapes.py, whose arguments a row consists of. The paper's encoder and segmenter are
+pre-trained, these are not, and a mask decoder that is trained can fuse text and image by itself.
+So there are three settings, which were written down before the first run and are all reported:
+
+    decoder_trained   The segmenter is pre-trained on clicks and boxes, once a seed, and its image
+                      encoder frozen then. Encoder, projector and mask decoder learn from phrases,
+                      as in the released model. All three tables.
+    decoder_frozen    The same, but the mask decoder stays as clicks and boxes have left it: what it
+                      is told has to say where. Fusion and read-out.
+    from_nothing      Nothing is pre-trained: the segmenter, its image encoder included, learns from
+                      phrases together with all the rest. All three tables.
+
+(A decoder that is neither pre-trained nor trained makes no masks, so there is no fourth.) In the
+row of Table 4 whose decoder is frozen, `from_nothing` freezes a random one, and shows just that.
+
+The result of a row is the cIoU on held-out images at the end. The seed decides parameters and order
+of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
+compared seed by seed: a difference counts where it has the same sign with every seed.
+
+A row that is finished is not run again, one that was interrupted goes on. Each row is a process on
+a core of its own, one thread each.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+
+SEEDS = (0, 1, 2)
+PRETRAIN_STEPS = 600
+STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+      arguments: of configs/shapes.py.
+      paper: cIoU on RefCOCO testA; None: not available.
+    """
+
+    name: str
+    arguments: str
+    paper: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows that the paper compares.
+
+    Attributes:
+      claims: (worse row, better row), as the paper says.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    claims: tuple[tuple[str, str], ...]
+
+
+FUSION = Table(
+    "fusion (Table 3, BEiT-3-L)",
+    (
+        Row("text only", "fusion=text", 65.1),
+        Row("late", "fusion=late", 70.2),
+        Row("early in the first half of the layers", "early_layers=2", 82.2),
+        Row("early", "", 83.7),
+    ),
+    (
+        ("text only", "late"),
+        ("late", "early in the first half of the layers"),
+        ("early in the first half of the layers", "early"),
+    ),
+)
+READOUT = Table(
+    "read-out (Table 5, early fusion)",
+    (
+        Row("text CLS", "readout=text_cls"),
+        Row("image CLS", "", 83.7),
+        Row("mean of image tokens", "readout=image_mean"),
+        Row("text and image CLS concatenated", "readout=concat"),
+    ),
+    (
+        ("text CLS", "image CLS"),
+        ("mean of image tokens", "image CLS"),
+        ("text and image CLS concatenated", "image CLS"),
+    ),
+)
+MODULES = Table(
+    "trained modules (Table 4)",
+    (
+        Row("mask decoder", "train_encoder=false,train_prompt_encoder=false", 21.2),
+        Row("encoder", "train_mask_decoder=false,train_prompt_encoder=false", 82.9),
+        Row("encoder, mask decoder", "train_prompt_encoder=false", 83.3),
+        Row("encoder, mask decoder, prompt encoder", "", 83.7),
+    ),
+    (
+        ("mask decoder", "encoder"),
+        ("encoder", "encoder, mask decoder"),
+        ("encoder, mask decoder", "encoder, mask decoder, prompt encoder"),
+    ),
+)
+SETTINGS = {
+    "decoder_trained": (FUSION, READOUT, MODULES),
+    "decoder_frozen": (FUSION, READOUT),
+    "from_nothing": (FUSION, READOUT, MODULES),
+}
+SETTING_ARGUMENTS = {
+    "decoder_trained": "",
+    "decoder_frozen": "train_mask_decoder=false,train_prompt_encoder=false",
+    "from_nothing": "pretrain_steps=0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: its directory under `--out`, and the arguments of configs/shapes.py."""
+
+    name: str
+    seed: int
+    arguments: str
+
+    @property
+    def directory(self) -> str:
+        return f"{self.name}/seed_{self.seed}"
+
+
+def pretraining(seed: int) -> Run:
+    """The segmenter that the runs of a seed begin with."""
+    return Run("pretrain", seed, f"size=small,seed={seed},steps=0,pretrain_steps={PRETRAIN_STEPS}")
+
+
+def run_of(setting: str, row: Row, seed: int, out: Path) -> Run:
+    """The run of a row; rows of several tables may share one."""
+    own = ",".join(sorted(filter(None, f"{SETTING_ARGUMENTS[setting]},{row.arguments}".split(","))))
+    parts = ["size=small", f"seed={seed}", f"steps={STEPS}", *filter(None, [own])]
+    if "pretrain_steps=0" not in own:
+        parts.append(f"segmenter={out / pretraining(seed).directory / 'model'}")
+    return Run(own.replace(",", "+") or "usual", seed, ",".join(parts))
+
+
+def all_runs(seed: int, out: Path) -> list[Run]:
+    """Every training of a seed but the first one, each once."""
+    runs = [
+        run_of(setting, row, seed, out)
+        for setting, tables in SETTINGS.items()
+        for table in tables
+        for row in table.rows
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def result_file(out: Path, run: Run) -> Path:
+    return out / f"{run.directory}.json"
+
+
+def execute(run: Run, out: Path, core: int) -> None:
+    """Trains on one core, unless it has been done, and writes scores and costs."""
+    result = result_file(out, run)
+    if result.exists():
+        return
+    workdir = out / run.directory
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    environ = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+    command = [
+        sys.executable,
+        "-m",
+        "evf_sam_jax.main",
+        f"--config=configs/shapes.py:{run.arguments}",
+        f"--workdir={workdir}",
+    ]
+    start = time.perf_counter()
+    with open(f"{workdir}.log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, {core})
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{run.directory}: exit code {process.returncode}, see {log.name}")
+    found: dict[str, Any] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(line)
+    stage = "pretrain" if run.name == "pretrain" else "referring"
+    values = {
+        "ciou": found[f"{stage}/val_ciou"],
+        "giou": found[f"{stage}/val_giou"],
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "wall_seconds": time.perf_counter() - start,
+    }
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps({"arguments": run.arguments, **values}, indent=2) + "\n")
+    partial.replace(result)
+    print(f"{run.directory}: cIoU {values['ciou']:.3f}, {values['cpu_seconds']:.0f} s", flush=True)
+
+
+def execute_all(runs: Sequence[Run], out: Path, cores: Sequence[int]) -> None:
+    """Runs as many at a time as there are cores; raises what the first one raised that failed."""
+    free: queue.Queue[int] = queue.Queue()
+    for core in cores:
+        free.put(core)
+
+    def execute_on_free(run: Run) -> None:
+        core = free.get()
+        try:
+            execute(run, out, core)
+        finally:
+            free.put(core)
+
+    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+        for finished in [pool.submit(execute_on_free, run) for run in runs]:
+            finished.result()
+
+
+def read_ciou(out: Path, run: Run) -> float:
+    return json.loads(result_file(out, run).read_text())["ciou"]
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and the smallest to the largest."""
+    form = f"{{:{sign}.3f}}".format
+    return f"{form(statistics.mean(values))} ({form(min(values))} to {form(max(values))})"
+
+
+def print_table(setting: str, table: Table, seeds: Sequence[int], out: Path) -> None:
+    """Prints each row beside the paper's, and each of its claims beside the differences here."""
+    scores = {
+        row.name: [read_ciou(out, run_of(setting, row, seed, out)) for seed in seeds]
+        for row in table.rows
+    }
+    print(f"\n{setting}: {table.name}\n\n| row | paper | here: mean (min to max) |\n|---|---|---|")
+    for row in table.rows:
+        paper = "not available" if row.paper is None else f"{row.paper:.1f}"
+        print(f"| {row.name} | {paper} | {spread(scores[row.name])} |")
+    print("\n| the paper's order | difference here: mean (min to max) | |\n|---|---|---|")
+    for worse, better in table.claims:
+        differences = [b - a for a, b in zip(scores[worse], scores[better], strict=True)]
+        same, other = min(differences) > 0, max(differences) < 0
+        verdict = "the same" if same else "the other way round" if other else "neither"
+        print(f"| {worse} < {better} | {spread(differences, '+')} | {verdict} |")
+
+
+def print_costs(out: Path) -> None:
+    costs = [json.loads(file.read_text()) for file in sorted(out.glob("*/seed_*.json"))]
+    seconds = sum(cost["cpu_seconds"] for cost in costs)
+    print(f"\n{len(costs)} runs, {seconds / 3600:.2f} CPU hours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    options = parser.parse_args()
+    out = options.out.absolute()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    execute_all([pretraining(seed) for seed in options.seeds], out, cores)
+    execute_all([run for seed in options.seeds for run in all_runs(seed, out)], out, cores)
+    print(f"\n{environment.describe()}; {PRETRAIN_STEPS} and {STEPS} steps of 16 images")
+    segmenters = [read_ciou(out, pretraining(seed)) for seed in options.seeds]
+    print(f"the pre-trained segmenter, by clicks and boxes: {spread(segmenters)}")
+    for setting, tables in SETTINGS.items():
+        for table in tables:
+            print_table(setting, table, options.seeds, out)
+    print_costs(out)
+
+
+if __name__ == "__main__":
+    main()
