@@ -5,12 +5,14 @@ stored too, and BEiT-3-L with EfficientSAM-S (`l`).
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 from convert import __main__ as convert_command
 from evf_sam_jax import model_dir
@@ -127,6 +129,18 @@ def test_config_names_the_model(model: Model) -> None:
     assert manifest.variant == NAMES[model.variant]
     assert manifest.config == RELEASED[NAMES[model.variant]].to_dict()
     assert manifest.parameter_counts["total"] == COUNTS[model.variant]
+
+
+def test_every_tensor_goes_back(model: Model, tmp_path: Path) -> None:
+    convert_command.main(["to-torch", str(model.directory), str(tmp_path / "back")])
+    manifest = golden_checkpoint.EVF_EFFISAM / f"evf_effisam_{model.variant}.manifest.json"
+    shapes = json.loads(manifest.read_text())
+    with safetensors.safe_open(tmp_path / "back" / "model.safetensors", "numpy") as file:
+        assert set(file.keys()) == set(shapes)
+        for name, shape in shapes.items():
+            expected = golden_checkpoint.make_weight(name, tuple(shape))
+            np.testing.assert_array_equal(file.get_tensor(name), expected, err_msg=name)
+    (tmp_path / "back" / "model.safetensors").unlink()
 
 
 def test_six_steps_of_training(model: Model) -> None:
