@@ -56,10 +56,13 @@ class MaskPrediction:
     Attributes:
       low_res_logits: positive inside; l = 4 g.
       iou: the decoder's own estimate of each mask's IoU.
+      object_score: positive where the object is there at all, of a decoder that says so (SAM-2);
+        masks don't depend on it.
     """
 
     low_res_logits: Float[Array, "b k m l l"]
     iou: Float[Array, "b k m"]
+    object_score: Float[Array, "b k"] | None = None
 
 
 @runtime_checkable
@@ -126,6 +129,7 @@ class SegmenterConfig(Protocol):
       stretches: whether an image fills the square frame whatever its sides, so that a mask is
         resized to it at once; otherwise the longer side fills it, and masks are cropped.
       mask_prompts: whether an earlier mask can be a prompt.
+      outside_points: whether a point can say what is not meant.
       image_size: s, side of the frame in pixels.
       low_res_size: l, side of the decoder's masks.
       out_channels: channels of a prompt token.
@@ -138,6 +142,7 @@ class SegmenterConfig(Protocol):
     family: ClassVar[str]
     stretches: ClassVar[bool]
     mask_prompts: ClassVar[bool]
+    outside_points: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property

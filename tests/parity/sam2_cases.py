@@ -137,7 +137,9 @@ class _NoTransforms:
 
 
 def original_outputs(name: str) -> dict[str, np.ndarray]:
-    """The image's features [g, g, c], and logits and IoU of every combination of prompts.
+    """The image's features [g, g, c], and what every combination of prompts gives.
+
+    That are logits, IoU, and the score of the object, which is the same however masks are chosen.
 
     Prompts without text are answered by the original's own predictor. Text, which it does not know,
     is appended to its sparse embeddings, and the best of three masks is taken, as hustvl/EVF-SAM
@@ -170,6 +172,10 @@ def original_outputs(name: str) -> dict[str, np.ndarray]:
         predictor.model, predictor._transforms = model, _NoTransforms()
         predictor._is_image_set, predictor._orig_hw = True, [None]
         predictor._features = {"image_embed": features[-1], "high_res_feats": features[:-1]}
+        scores = []
+        model.sam_mask_decoder.register_forward_hook(
+            lambda module, arguments, found: scores.append(found[3][0].numpy())
+        )
         for kinds in combinations(name):
             for profile, multimask in ways(kinds):
                 rows = [
@@ -185,6 +191,7 @@ def original_outputs(name: str) -> dict[str, np.ndarray]:
                 masks, iou = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
                 outputs[key(kinds, (profile, multimask), "logits")] = masks
                 outputs[key(kinds, (profile, multimask), "iou")] = iou
+            outputs[f"{'+'.join(kinds)}/object_score"] = np.concatenate(scores[-PROMPTS:])
     return outputs
 
 

@@ -60,7 +60,7 @@ class Sam2(nn.Module):
         b, k = sparse.shape[:2]
         image = features.embedding.astype(jnp.float32)[:, None] + dense
         valid = token_valid(prompts)
-        logits, iou, _ = self.mask_decoder(
+        logits, iou, object_score = self.mask_decoder(
             split_by_batch(image.reshape(b * k, *image.shape[2:])),
             self.prompt_encoder.dense_positions(),
             features.high_res,
@@ -71,6 +71,7 @@ class Sam2(nn.Module):
         return MaskPrediction(
             low_res_logits=logits.reshape(b, k, *logits.shape[1:]),
             iou=iou.reshape(b, k, *iou.shape[1:]),
+            object_score=object_score.reshape(b, k),
         )
 
     def _choice(self, prompts: Prompts, multimask: bool, train: bool) -> str:

@@ -82,6 +82,7 @@ def our_outputs(name: str) -> dict[str, np.ndarray]:
         for way, prediction in zip(ways, found, strict=True):
             outputs[sam2_cases.key(kinds, way, "logits")] = prediction.low_res_logits[0]
             outputs[sam2_cases.key(kinds, way, "iou")] = prediction.iou[0]
+            outputs[f"{'+'.join(kinds)}/object_score"] = prediction.object_score[0]
     return outputs
 
 
