@@ -31,8 +31,13 @@ from data_pipelines import tokenizers
 from evf_sam_jax import mask_geometry, model_dir, model_inputs
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
-from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
-from evf_sam_jax.prompts import Frame, Prompt, make_prompts, stack_geometry
+from evf_sam_jax.models.interfaces import (
+    ImageFeatures,
+    MaskPrediction,
+    Prompts,
+    SegmenterConfig,
+)
+from evf_sam_jax.prompts import OUTSIDE, Frame, Prompt, make_prompts, stack_geometry
 
 # A model is compiled once for each number of images, of prompts and of tokens it meets; these bound
 # how often. More than the largest bucket are computed in several goes, so memory stays bounded.
@@ -308,6 +313,7 @@ class Predictor:
         prompts = make_prompts(
             image.frame, ids, job.points, job.point_labels, job.boxes, job.mask_logits
         )
+        _check_kinds(prompts, self.config.segmenter)
         return PreparedJob(image, prompts, job.multimask, job.no_target_pixels)
 
     def prepare_image(self, image: np.ndarray) -> InputImage:
@@ -675,7 +681,7 @@ def check_parameters(path: str | os.PathLike, config: evf_sam.EvfSamConfig, only
     expected = model_dir.path_leaves(evf_sam.param_shapes(config))
     found = model_dir.describe(path)
     for name in sorted(filter(lambda name: name.startswith(only), expected.keys() | found.keys())):
-        shapes = [leaf.shape if leaf else None for leaf in (expected.get(name), found.get(name))]
+        shapes = [getattr(leaves.get(name), "shape", None) for leaves in (expected, found)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"{path}: parameter {name}: expected {_shape_words(shapes[0])} by the "
@@ -708,6 +714,16 @@ def _check_dtype(dtype: str) -> None:
 
 def _shape_words(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else f"shape {shape}"
+
+
+def _check_kinds(prompts: Sequence[Prompt], segmenter: SegmenterConfig) -> None:
+    """Raises UserError if a prompt has what the segmenter has no notion of."""
+    if not segmenter.mask_prompts and any(prompt.mask is not None for prompt in prompts):
+        raise UserError(f"mask_logits: expected none, as {segmenter.family} takes none; found some")
+    if not segmenter.outside_points and any(OUTSIDE in prompt.labels for prompt in prompts):
+        raise UserError(
+            f"point_labels: expected 1 (inside), the only ones of {segmenter.family}; found 0"
+        )
 
 
 def _check_ids(ids: Sequence[int], config: evf_sam.EvfSamConfig) -> None:

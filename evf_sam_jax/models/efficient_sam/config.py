@@ -45,6 +45,7 @@ class EfficientSamConfig:
     family: ClassVar[str] = "efficient_sam"
     stretches: ClassVar[bool] = True
     mask_prompts: ClassVar[bool] = False
+    outside_points: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

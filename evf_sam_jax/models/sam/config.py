@@ -82,6 +82,7 @@ class SamConfig:
     family: ClassVar[str] = "sam"
     stretches: ClassVar[bool] = False
     mask_prompts: ClassVar[bool] = True
+    outside_points: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

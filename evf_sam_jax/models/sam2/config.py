@@ -69,6 +69,7 @@ class Sam2Config:
     family: ClassVar[str] = "sam2"
     stretches: ClassVar[bool] = True
     mask_prompts: ClassVar[bool] = True
+    outside_points: ClassVar[bool] = True
 
     width: int
     heads: int
