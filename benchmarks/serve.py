@@ -22,10 +22,12 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,12 +96,25 @@ def server(model: str) -> Iterator[tuple[str, int]]:
             process.send_signal(signal.SIGTERM)
 
 
+def bomb_png() -> bytes:
+    """A small file whose header says 60,000 x 60,000."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(10_000_000)))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
 def malformed(image: bytes) -> list[dict]:
-    """Requests that must get a 4xx: wrong types, 100 MB, too many phrases, paths for images."""
+    """Requests that must get a 4xx: wrong types, 100 MB, a bomb, too many phrases, paths."""
     encoded = base64.b64encode(image).decode()
     return [
         {"content": image},
         {"files": {"image": bytes(100_000_000)}},
+        {"files": {"image": bomb_png()}, "data": {"texts": "a"}},
         {"json": {"image": encoded, "texts": ["a"] * 10_000}},
         {"json": {"image": "/etc/passwd", "texts": ["a"]}},
         {"json": {"image": encoded, "texts": 3}},

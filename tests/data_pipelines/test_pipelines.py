@@ -4,7 +4,9 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -360,10 +362,13 @@ def test_threads_do_not_change_the_stream(workers: int, threads: int, tiny_root:
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_run_resumes_to_the_same_bytes(workers: str, tiny_root: Path):
     command = [sys.executable, "-m", "tests.data_pipelines.test_pipelines", str(tiny_root), workers]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         assert run.stdout is not None
         killed = [run.stdout.readline().strip() for _ in range(23)]
         run.kill()
+        os.killpg(run.pid, signal.SIGKILL)  # its workers too, which would wait for ever
     dataset = bucketed(TINY.dataset().source(tiny_root, "train"), steps=200)
     assert killed + digests(dataset[23:40]) == digests(dataset[:40])
 

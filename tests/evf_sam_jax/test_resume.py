@@ -100,6 +100,7 @@ def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Pop
             stdout=out,
             stderr=err,
             text=True,
+            start_new_session=True,
         )
 
 
@@ -123,12 +124,13 @@ def await_sight(process: subprocess.Popen[str], seen: Callable[[], bool]) -> boo
 
 @contextlib.contextmanager
 def no_longer_than_this(*processes: subprocess.Popen[str]) -> Iterator[None]:
-    """No process outlives the test, whatever becomes of it."""
+    """No process outlives the test, nor do the workers of one, whatever becomes of it."""
     try:
         yield
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # no one is left of its group
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -41,31 +41,11 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def bomb_png() -> bytes:
-    """A small file whose header says 60,000 x 60,000."""
-    from struct import pack
-    from zlib import compress, crc32
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return pack(">I", len(content)) + kind + content + pack(">I", crc32(kind + content))
-
-    header = pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"".join(
-        [
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", header),
-            chunk(b"IDAT", compress(bytes(10_000_000))),
-            chunk(b"IEND", b""),
-        ]
-    )
-
-
 class Watched(Predictor):
     """A predictor that can be held before it decodes, made to fail, and counts what it encodes."""
 
     def __init__(self, predictor: Predictor):
-        self.config, self.params = predictor.config, predictor.params
-        self.tokenizer = predictor.tokenizer
+        super().__init__(predictor.config, predictor.params, predictor.tokenizer)
         self.go = threading.Event()
         self.go.set()
         self.failure: Exception | None = None

@@ -18,7 +18,6 @@ from evf_sam_jax.predictor import Predictor
 from tests.evf_sam_jax.serving.served_model import (
     TEXTS,
     Watched,
-    bomb_png,
     png,
     served,
     served_params,
@@ -30,6 +29,7 @@ pytest.importorskip("httpx", reason='serving is not installed: pip install ".[se
 
 import httpx
 
+from benchmarks.serve import bomb_png
 from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax.serve import make_application
 from evf_sam_jax.serving import body_limit

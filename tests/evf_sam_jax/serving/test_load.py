@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines import segmentations
 from evf_sam_jax.predictor import Predictor
-from tests.evf_sam_jax.serving.served_model import TEXTS, bomb_png, png, write_served_model
+from tests.evf_sam_jax.serving.served_model import TEXTS, png, write_served_model
 from tests.evf_sam_jax.serving.server_process import Server, server_process
 from tests.evf_sam_jax.tiny_model import picture
 
@@ -21,6 +21,8 @@ pytest.importorskip("fastapi", reason='serving is not installed: pip install ".[
 pytest.importorskip("httpx", reason='serving is not installed: pip install ".[serve]"')
 
 import httpx
+
+from benchmarks.serve import bomb_png
 
 pytestmark = pytest.mark.slow
 CLIENTS, REQUESTS, MALFORMED = 8, 200, 10
