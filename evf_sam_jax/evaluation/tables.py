@@ -71,7 +71,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts += [_no_target_line(name, one) for name, one in sets.items() if _asks_for_none(one)]
     parts += [_category_table(name, one) for name, one in sets.items() if "categories" in one]
     if left_out := results["left_out"]:
-        parts.append(f"{len(left_out)} images or phrases are left out, see `results.json`.")
+        parts.append(
+            f"{len(left_out)} images or phrases are left out, see `results.json`; "
+            "the same command tries them again."
+        )
     return "\n\n".join(parts) + "\n"
 
 
