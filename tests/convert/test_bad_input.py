@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 from convert.__main__ import main
+from convert.checkpoint_files import open_file
 from evf_sam_jax import model_dir
-from evf_sam_jax.errors import run_command
+from evf_sam_jax.errors import UserError, run_command
 from tests.convert import torch_writer
 from tests.convert.checkpoints import TINY, state_dict, write_config, write_evf_sam
 
@@ -44,6 +45,11 @@ def sam() -> dict[str, np.ndarray]:
     return state_dict("sam")
 
 
+def test_a_dictionary_of_other_things_is_no_state_dict():
+    with pytest.raises(UserError, match="no state dict: .* found dict under 'model'"):
+        open_file(GOLDEN / "dtypes.pth")
+
+
 @pytest.mark.parametrize(
     ("command", "file", "said"),
     [
@@ -51,7 +57,7 @@ def sam() -> dict[str, np.ndarray]:
         ("sam", GOLDEN / "before_1_6.pth", "save it again by"),
         ("sam", GOLDEN / "module.pth", "not a SAM checkpoint of a known size"),
         ("beit3", GOLDEN / "module.pth", "not a BEiT-3 checkpoint of a known size"),
-        ("sam", GOLDEN / "dtypes.pth", "no state dict"),
+        ("sam", GOLDEN / "dtypes.pth", "found 17 tensors, 0 blocks"),
         ("sam", Path(__file__), "not a PyTorch checkpoint"),
         ("evf-sam", "missing", "does not exist"),
         ("evf-sam", GOLDEN / "module.pth", "is not a directory"),
