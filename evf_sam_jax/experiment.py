@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from data_pipelines.shapes import ShapesConfig
 from data_pipelines.source import ReadingRules
 from evf_sam_jax.errors import UserError
@@ -358,7 +360,21 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
         checkpoints=_build(CheckpointConfig, values.get("checkpoints", {}), "config.checkpoints"),
         paper=_build(PaperRow, values["paper"], "config.paper") if values.get("paper") else None,
     )
-    return _build(ExperimentConfig, values, "config")
+    experiment = _build(ExperimentConfig, values, "config")
+    _warn_of_profile(init, experiment.model.profile)
+    return experiment
+
+
+def _warn_of_profile(init: InitConfig, profile: str) -> None:
+    """Says so if a model goes on in another profile than it was trained in."""
+    if init.model and (trained := read_manifest(init.model).profile) != profile:
+        logging.warning(
+            "config.model.profile: %s, but %s was trained with %s: it sees other images, and its "
+            "masks will be worse at first",
+            profile,
+            init.model,
+            trained,
+        )
 
 
 def _initial_sizes(init: InitConfig) -> dict[str, Any]:

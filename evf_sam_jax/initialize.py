@@ -28,6 +28,7 @@ from evf_sam_jax.model_dir import (
     read_passthrough,
 )
 from evf_sam_jax.models.evf_sam import RUNS_ONCE, draw_params, param_shapes
+from evf_sam_jax.models.released import released_variant
 from evf_sam_jax.param_rules import Params, match_rules
 
 
@@ -114,7 +115,9 @@ def finished_model(
       Parameters by path, the manifest, and passthrough tensors.
     """
     leaves = path_leaves(params)
-    manifest = Manifest(variant="evf-sam", config=config.model.to_dict())
+    model = config.model
+    name = released_variant(model) or f"{model.encoder.family}-{model.segmenter.family}"
+    manifest = Manifest(variant=name, config=model.to_dict(), profile=model.profile)
     passthrough: dict[str, np.ndarray] = {}
     directories = init_directories(config.init)
     if config.init.frozen_dtype != "float32":
@@ -127,7 +130,7 @@ def finished_model(
         source = read_manifest(config.init.model)
         passthrough = read_passthrough(config.init.model)
         manifest = dataclasses.replace(
-            source, config=config.model.to_dict(), source={}, cast_to=None
+            source, config=model.to_dict(), profile=model.profile, source={}, cast_to=None
         )
     return leaves, manifest, passthrough
 

@@ -78,16 +78,6 @@ class EvfSamConfig:
             )
 
     @classmethod
-    def evf_sam(cls) -> "EvfSamConfig":
-        """`YxZhang/evf-sam` and `YxZhang/evf-sam-multitask`: BEiT-3-L and SAM ViT-H."""
-        return cls(Beit3Config.large(), SamConfig.vit_h())
-
-    @classmethod
-    def evf_sam_base(cls) -> "EvfSamConfig":
-        """BEiT-3-B and SAM ViT-H (paper Table 6)."""
-        return cls(Beit3Config.base(), SamConfig.vit_h())
-
-    @classmethod
     def tiny(cls) -> "EvfSamConfig":
         """A model for tests."""
         return cls(Beit3Config.tiny(), SamConfig.tiny())

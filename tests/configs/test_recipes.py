@@ -18,7 +18,8 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import ExperimentConfig, experiment_from_dict
 from evf_sam_jax.model_dir import Manifest, load_params, path_leaves, read_manifest, write_model_dir
 from evf_sam_jax.models.beit3 import Beit3Config
-from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params, param_shapes
+from evf_sam_jax.models.evf_sam import init_params, param_shapes
+from evf_sam_jax.models.released import RELEASED
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.sharding import make_mesh
 from evf_sam_jax.stage import make_stage
@@ -115,7 +116,7 @@ def test_rules_cover_the_model_of_the_paper(recipe: str, full_size: Path):
     config = RECIPES[recipe].get_config(f"foundations={full_size},data=there,fsdp=4")
     experiment = experiment_from_dict(config.to_dict())
     towers = {"encoder": {"remat": True}, "segmenter": {"encoder_chunk": 1}}
-    expected = EvfSamConfig.evf_sam()
+    expected = RELEASED["evf-sam"]
     for tower, changes in towers.items():
         changed = dataclasses.replace(getattr(expected, tower), dtype="bfloat16", **changes)
         expected = dataclasses.replace(expected, **{tower: changed})
@@ -330,7 +331,7 @@ def test_tiny_foundations_are_trained_as_the_recipe_says(
 
 
 def test_a_run_can_begin_with_a_whole_model(full_size: Path, tmp_path: Path):
-    manifest = Manifest(variant="evf-sam", config=EvfSamConfig.evf_sam_base().to_dict())
+    manifest = Manifest(variant="evf-sam", config=RELEASED["evf-sam-base"].to_dict())
     (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
     config = multitask.get_config(f"model={tmp_path},data=there")
     experiment = experiment_from_dict(config.to_dict())

@@ -17,7 +17,7 @@ from convert import __main__ as convert_command
 from data_pipelines import image_input
 from evf_sam_jax import export, model_dir
 from evf_sam_jax.export_loader import ExportedModel
-from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.released import RELEASED
 from evf_sam_jax.models.sam import image_encoder
 from evf_sam_jax.predict import write_masks
 from evf_sam_jax.predictor import Job, Predictor
@@ -154,5 +154,5 @@ def test_an_export(directory: Path, tmp_path: Path) -> None:
 def test_config_names_the_released_model(directory: Path) -> None:
     manifest = model_dir.read_manifest(directory)
     assert manifest.variant == "evf-sam"
-    assert json.dumps(manifest.config) == json.dumps(evf_sam.EvfSamConfig.evf_sam().to_dict())
+    assert json.dumps(manifest.config) == json.dumps(RELEASED["evf-sam"].to_dict())
     assert manifest.parameter_counts["total"] == 1_315_104_304

@@ -12,6 +12,7 @@ import pathlib
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
+from evf_sam_jax.models.released import RELEASED
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam2.config import Sam2Config
 
@@ -21,7 +22,7 @@ FILE = pathlib.Path(__file__).parent / "parameter_paths.json"
 def parameter_paths() -> dict[str, dict[str, list[int]]]:
     """Name of the configuration -> path -> shape; of a foundation model, its own tower's."""
     tiny = EvfSamConfig.tiny()
-    evf_sam, evf_sam_base = _shapes(EvfSamConfig.evf_sam()), _shapes(EvfSamConfig.evf_sam_base())
+    evf_sam, evf_sam_base = _shapes(RELEASED["evf-sam"]), _shapes(RELEASED["evf-sam-base"])
     vit_b = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_b()))
     vit_l = _shapes(dataclasses.replace(tiny, segmenter=SamConfig.vit_l()))
     vitt = _shapes(dataclasses.replace(tiny, segmenter=EfficientSamConfig.vitt()))

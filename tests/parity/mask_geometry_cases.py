@@ -41,7 +41,7 @@ def steps(height: int, width: int) -> tuple[slice, slice]:
 def original_stretched(low_res: np.ndarray, height: int, width: int) -> np.ndarray:
     """The same of a segmenter that images are stretched for; needs torch.
 
-    Reference: `postprocess_masks` of `model/evf_sam2.py:135-141` and `model/evf_effisam.py:247-273`.
+    Reference: `postprocess_masks` of `model/evf_sam2.py:135-141`, `model/evf_effisam.py:247-273`.
     """
     import torch
     from torch.nn.functional import interpolate

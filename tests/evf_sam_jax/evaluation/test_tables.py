@@ -4,6 +4,7 @@ from evf_sam_jax.evaluation.scores import score_set, to_json
 from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.evaluation.tables import PAPER, average, markdown, paper_table, variant
 from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.released import RELEASED
 from tests.evf_sam_jax.evaluation.made_set import TOKENIZER
 from tests.evf_sam_jax.evaluation.test_scores import columns
 
@@ -39,8 +40,8 @@ def test_what_was_not_evaluated_or_has_no_figure_is_no_number():
 
 
 def test_a_model_is_told_by_its_sizes():
-    assert variant(EvfSamConfig.evf_sam(), TOKENIZER) == "evf-sam"
-    assert variant(EvfSamConfig.evf_sam_base(), TOKENIZER) == "evf-sam-base"
+    assert variant(RELEASED["evf-sam"], TOKENIZER) == "evf-sam"
+    assert variant(RELEASED["evf-sam-base"], TOKENIZER) == "evf-sam-base"
     assert variant(EvfSamConfig.tiny(), TOKENIZER) is None
 
 
