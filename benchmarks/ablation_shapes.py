@@ -184,6 +184,7 @@ def execute(run: Run, out: Path, core: int) -> None:
         "evf_sam_jax.main",
         f"--config=configs/shapes.py:{run.arguments}",
         f"--workdir={workdir}",
+        "--config.evaluation.panel_images=0",
     ]
     start = time.perf_counter()
     with open(f"{workdir}.log", "a", encoding="utf-8") as log:

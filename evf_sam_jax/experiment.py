@@ -200,7 +200,7 @@ class EvaluationConfig:
       split: "val" or "test".
       images: from the beginning of the split.
       every: steps between evaluations; there is one at the end of each stage in any case.
-      panel_images: images of the panel of predictions.
+      panel_images: images of the panel of predictions; 0: there is none.
     """
 
     split: str = "val"
@@ -214,8 +214,9 @@ class EvaluationConfig:
             raise UserError(
                 f"evaluation.split: expected {' or '.join(HELD_OUT)}, found {self.split!r}"
             )
-        for key in ("images", "batch_size", "every", "panel_images"):
+        for key in ("images", "batch_size", "every"):
             _check_positive(f"evaluation.{key}", getattr(self, key))
+        _check_not_negative("evaluation.panel_images", self.panel_images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,6 +156,7 @@ def test_an_impossible_value_is_named(key: str, value, message: str):
         ("data.canvas", (64, 64), "data.canvas: expected at least 128 x 128"),
         ("data.workers", -2, "data.workers: expected 0 or more, found -2"),
         ("evaluation.split", "train", "evaluation.split: expected val or test, found 'train'"),
+        ("evaluation.panel_images", -1, "evaluation.panel_images: expected 0 or more, found -1"),
         ("evaluation.images", 10_001, "length of shapes/val: expected 1 to 10000, found 10001"),
         ("model.encoder.fusion", "late", "encoder.readout with late fusion: expected concat or"),
         ("model.encoder.heads", 5, "encoder.width: expected a multiple of heads 5, found 96"),
