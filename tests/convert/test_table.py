@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import beit3, efficient_sam, evf_sam, sam, sam2
+from convert import beit3, clip, efficient_sam, evf_sam, sam, sam2, vilt
 from convert.checkpoint_files import SourceTensor
 from convert.table import (
     AS_IS,
@@ -28,6 +28,7 @@ from convert.table import (
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.released import RELEASED
+from evf_sam_jax.models.vilt import ViltConfig
 from tests.golden.make_parameter_paths import FILE, parameter_paths
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "evf_sam" / "evf_sam.manifest.json"
@@ -162,6 +163,8 @@ def plans(pinned: dict[str, dict[str, list[int]]]) -> dict[str, Plan]:
     tables |= {name: efficient_sam.table(config) for name, config in efficient_sam.CONFIGS.items()}
     tables |= {f"sam2_{name}": sam2.table(config) for name, config in sam2.CONFIGS.items()}
     tables |= {name: beit3.table(config) for name, config in beit3.CONFIGS.items()}
+    tables |= {name: clip.table(config) for name, config in clip.CONFIGS.items()}
+    tables["vilt_b32"] = vilt.table(dataclasses.replace(ViltConfig.b32(), readout="pooler"))
     shapes = {name: {path: tuple(s) for path, s in one.items()} for name, one in pinned.items()}
     # That they can be made shows that each table fills its paths exactly once.
     return {name: make_plan(tables[name], shapes[name]) for name in pinned}
@@ -210,8 +213,10 @@ def test_blocks_lie_where_the_scan_runs_them(plans: dict[str, Plan]):
 @pytest.mark.torch
 def test_the_tables_name_every_tensor_of_the_originals(plans: dict[str, Plan]):
     import torch
+    from transformers import CLIPModel, ViltModel
+    from transformers import ViltConfig as OriginalConfig
 
-    from tests.parity import originals
+    from tests.parity import clip_cases, originals
 
     beit3_class, encoder_config = originals.torchscale_beit3()
     registry = originals.segment_anything().sam_model_registry
@@ -233,9 +238,13 @@ def test_the_tables_name_every_tensor_of_the_originals(plans: dict[str, Plan]):
                 encoder_layers=layers,
             )
             made[f"beit3_{name}"] = torch.nn.ModuleDict({"beit3": beit3_class(config)})
+        for name in ("clip_l14", "clip_h14"):
+            made[name] = CLIPModel(clip_cases.original_config(clip.CONFIGS[name]))
+        made["vilt_b32"] = torch.nn.ModuleDict({"vilt": ViltModel(OriginalConfig())})
     for name, model in made.items():
         found = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        found.pop("beit3.vision_embed.mask_token", None)
+        for unused in ("beit3.vision_embed.mask_token", "logit_scale"):
+            found.pop(unused, None)
         assert found == plans[name].source_shapes(), name
 
 

@@ -10,11 +10,13 @@ import json
 import pathlib
 
 from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.models.clip import ClipConfig
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
 from evf_sam_jax.models.released import RELEASED
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam2.config import Sam2Config
+from evf_sam_jax.models.vilt import ViltConfig
 
 FILE = pathlib.Path(__file__).parent / "parameter_paths.json"
 
@@ -36,6 +38,14 @@ def parameter_paths() -> dict[str, dict[str, list[int]]]:
             ("hiera_large", Sam2Config.hiera_large()),
         )
     }
+    encoders = {
+        name: _tower(_shapes(dataclasses.replace(tiny, encoder=config)), "encoder")
+        for name, config in (
+            ("clip_l14", ClipConfig.l14()),
+            ("clip_h14", ClipConfig.h14()),
+            ("vilt_b32", dataclasses.replace(ViltConfig.b32(), readout="pooler")),
+        )
+    }
     return {
         "evf_sam": evf_sam,
         "tiny": _shapes(tiny),
@@ -47,6 +57,7 @@ def parameter_paths() -> dict[str, dict[str, list[int]]]:
         **sam2,
         "beit3_base": _tower(evf_sam_base, "encoder"),
         "beit3_large": _tower(evf_sam, "encoder"),
+        **encoders,
     }
 
 
