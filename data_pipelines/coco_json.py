@@ -117,17 +117,25 @@ def without_suffix(file_name: str) -> str:
 
 
 def read_coco(path: Path, annotation_keys: Sequence[str] = ("category_id",)) -> CocoFile:
-    """Reads a COCO json.
+    """Reads a COCO json. Raises UserError as `parse_coco` does, and where there is no json."""
+    return parse_coco(path, read_json(path), annotation_keys)
+
+
+def parse_coco(
+    path: Path, content: Any, annotation_keys: Sequence[str] = ("category_id",)
+) -> CocoFile:
+    """Checks the content of a COCO json, whose annotations are grouped as they are, not copied.
 
     Args:
+      path: where it comes from, for messages.
       annotation_keys: what each annotation must have, beside "id" and "image_id". Without
         "category_id" among them the file needs no categories.
 
     Raises:
-      UserError: it is no json, a key is missing, a value has the wrong type, an id comes twice, or
-        an annotation names an image that is not listed.
+      UserError: a key is missing, a value has the wrong type, an id comes twice, or an annotation
+        names an image that is not listed.
     """
-    content = _checked(read_json(path), dict, f"{path}: the content")
+    content = _checked(content, dict, f"{path}: the content")
     required = "category_id" in annotation_keys
     categories: dict[Id, str] = {}
     for i, one in enumerate(_entries(path, content, "categories", required)):
