@@ -21,8 +21,10 @@ The paper does not say how often each data set is drawn from, for how long it is
 whether from the foundations or from the model of configs/refcoco.py (`model=DIR` begins there).
 By default RC is drawn three times where O is drawn once, as in the released code, and each of the
 other four as often as O: 3 of 8 images are of RC. `refer=3`, `objects365=1`, `ade20k=1`,
-`pascal_part=1`, `partimagenet=1` and `human_parsing=1` say so, and 0 leaves one out; Objects365
-needs the masks that the authors made, which are not published.
+`pascal_part=1`, `partimagenet=1` and `human_parsing=1` say so, and 0 leaves one out.
+
+The masks of Objects365 that the authors made are not published; `python -m evf_sam_jax.annotate`
+makes them of its boxes as the paper did (A.2), with SAM 2. Its file says how.
 
 Cost: of the paper's run not known; 15,000 steps here by default, not run.
 

@@ -39,10 +39,11 @@ def alone_of_their_category(
     several instances by itself.
     """
     instances = Counter(one["category_id"] for one in annotations)
-    return [one for one in annotations if instances[one["category_id"]] == 1 and not _is_crowd(one)]
+    return [one for one in annotations if instances[one["category_id"]] == 1 and not is_crowd(one)]
 
 
-def _is_crowd(annotation: Mapping[str, Any]) -> bool:
+def is_crowd(annotation: Mapping[str, Any]) -> bool:
+    """Whether a box or mask stands for several instances."""
     return bool(annotation.get("iscrowd"))
 
 
@@ -86,7 +87,9 @@ DATASETS = (
     Dataset(
         "objects365",
         tuple(MASK_FILES),
-        f"  {FOLDER}/\n    o365_res_instances.json   (the authors' masks)\n    train/<image>.jpg",
+        f"  {FOLDER}/\n"
+        "    o365_res_instances.json   (masks: the authors', or by `evf_sam_jax.annotate`)\n"
+        "    train/<image>.jpg",
         inputs=functools.partial(_inputs, MASK_FILES),
         load=functools.partial(_load, MASK_FILES, "segmentation", _encode_mask),
     ),

@@ -18,7 +18,14 @@ from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.predictor import Job, Prediction, Predictor
-from tests.evf_sam_jax.tiny_model import CONFIG, edited, picture, random_params, write_tiny_model
+from tests.evf_sam_jax.tiny_model import (
+    CONFIG,
+    edited,
+    picture,
+    random_params,
+    write_tiny_model,
+    write_tiny_segmenter,
+)
 
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
@@ -423,17 +430,9 @@ def test_a_directory_without_a_tower(directory: Path, tmp_path: Path):
         Predictor.load(path)
 
 
-def segmenter_alone(config: evf_sam.EvfSamConfig, path: Path, seed: int = 0) -> Path:
-    """A directory as `python -m convert sam2` makes it."""
-    params = random_params(config, seed)
-    own = {name: leaf for name, leaf in params.items() if name.startswith("segmenter/")}
-    section = {"segmenter": config.to_dict()["segmenter"]}
-    return write(path, own, model_dir.Manifest("sam2_tiny", section))
-
-
 def test_a_segmenter_alone_takes_all_prompts_but_phrases(tmp_path: Path):
     config = dataclasses.replace(CONFIG, segmenter=Sam2Config.tiny())
-    alone = Predictor.load_segmenter(segmenter_alone(config, tmp_path / "alone"))
+    alone = Predictor.load_segmenter(write_tiny_segmenter(tmp_path / "alone", config.segmenter))
     whole = Predictor.load(write_tiny_model(tmp_path / "whole", config))
     assert alone.params.keys() == {"segmenter"}
     low = config.segmenter.low_res_size
@@ -441,6 +440,13 @@ def test_a_segmenter_alone_takes_all_prompts_but_phrases(tmp_path: Path):
     for asked in (BOX, POINTS, POINTS | BOX | {"mask_logits": mask, "multimask": True}):
         found, expected = (one.predict(IMAGE, **asked) for one in (alone, whole))
         np.testing.assert_array_equal(found.mask_logits, expected.mask_logits)
+    side = config.segmenter.image_size
+    sam_image = image_input.stretched_input(IMAGE, side)
+    features = encode_image(config, alone.params, sam_image[None], jnp.array([[side, side]]))
+    boxes = np.float32(np.asarray(BOX["boxes"]) * ([side / 60, side / 40] * 2))[None]
+    exact = compiled_once(evf_sam.decode, static_argnums=0)
+    direct = exact(config, alone.params, features, Prompts(boxes=jnp.asarray(boxes)))
+    close(alone.predict(IMAGE, **BOX).low_res_logits, direct.low_res_logits[0, :, 0], rtol=1e-5)
     phrases = "expected points, boxes or masks for a segmenter alone, found phrases"
     for ask in (
         lambda: alone.predict(IMAGE, texts=["it"]),
@@ -452,12 +458,11 @@ def test_a_segmenter_alone_takes_all_prompts_but_phrases(tmp_path: Path):
             ask()
 
 
-@pytest.mark.parametrize("profile", evf_sam.PROFILES)
-def test_of_a_whole_model_the_segmenter_alone_can_be_loaded(profile: str, tmp_path: Path):
-    config = dataclasses.replace(CONFIG, segmenter=Sam2Config.tiny(), profile=profile)
+def test_of_a_whole_model_the_segmenter_alone_can_be_loaded(tmp_path: Path):
+    config = dataclasses.replace(CONFIG, segmenter=Sam2Config.tiny(), profile="legacy")
     path = write_tiny_model(tmp_path / "whole", config)
     alone = Predictor.load_segmenter(path, dtype="bfloat16")
-    assert alone.params.keys() == {"segmenter"} and alone.config.profile == profile
+    assert alone.params.keys() == {"segmenter"} and alone.config.profile == "legacy"
     expected = Predictor.load(path, dtype="bfloat16").predict(IMAGE, **BOX)
     np.testing.assert_array_equal(alone.predict(IMAGE, **BOX).mask_logits, expected.mask_logits)
 
@@ -470,7 +475,7 @@ def test_a_directory_without_a_segmenter(directory: Path, tmp_path: Path):
 
 
 def test_a_segmenter_whose_parameters_are_not_its_configs(tmp_path: Path):
-    path = segmenter_alone(CONFIG, tmp_path / "alone")
+    path = write_tiny_segmenter(tmp_path / "alone", CONFIG.segmenter)
     config = {"segmenter": CONFIG.to_dict()["segmenter"] | {"mask_channels": 8}}
     other = edited(path, tmp_path / "other", config=config)
     with pytest.raises(UserError, match="parameter segmenter/prompt_encoder/.* by the config"):

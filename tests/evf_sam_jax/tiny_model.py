@@ -1,5 +1,6 @@
 """A tiny model directory whose random parameters all matter, and pictures for it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image
 
 from evf_sam_jax import model_dir
 from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.interfaces import SegmenterConfig
 
 TOKENIZER = Path(__file__).parents[2] / "data_pipelines" / "shapes_tokenizer"
 CONFIG = evf_sam.EvfSamConfig.tiny()
@@ -34,6 +36,16 @@ def write_tiny_model(path: Path, config: evf_sam.EvfSamConfig = CONFIG, seed: in
     """Writes the directory, with the tokenizer of the shapes."""
     manifest = model_dir.Manifest(variant="tiny", config=config.to_dict())
     model_dir.write_model_dir(path, random_params(config, seed), manifest, TOKENIZER)
+    return path
+
+
+def write_tiny_segmenter(path: Path, config: SegmenterConfig, seed: int = 0) -> Path:
+    """Writes a directory as `python -m convert sam2` and the like do: a segmenter alone."""
+    whole = dataclasses.replace(CONFIG, segmenter=config)
+    params = random_params(whole, seed)
+    own = {name: leaf for name, leaf in params.items() if name.startswith("segmenter/")}
+    section = {"segmenter": whole.to_dict()["segmenter"]}
+    model_dir.write_model_dir(path, own, model_dir.Manifest("tiny", section))
     return path
 
 
