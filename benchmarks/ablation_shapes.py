@@ -22,8 +22,8 @@ The result of a row is the cIoU on held-out images at the end. The seed decides 
 of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
 compared seed by seed: a difference counts where it has the same sign with every seed.
 
-A row that is finished is not run again, one that was interrupted goes on. Each row is a process on
-a core of its own, one thread each.
+A row that is finished is not run again, one that was interrupted goes on. Each is a process with
+one thread, as many at a time as there are cores.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import queue
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,7 @@ from benchmarks import environment
 
 SEEDS = (0, 1, 2)
 PRETRAIN_STEPS = 600
-STEPS = 1000
+STEPS = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +169,8 @@ def result_file(out: Path, run: Run) -> Path:
     return out / f"{run.directory}.json"
 
 
-def execute(run: Run, out: Path, core: int) -> None:
-    """Trains on one core, unless it has been done, and writes scores and costs."""
+def execute(run: Run, out: Path) -> None:
+    """Trains with one thread, unless it has been done, and writes scores and costs."""
     result = result_file(out, run)
     if result.exists():
         return
@@ -189,8 +188,6 @@ def execute(run: Run, out: Path, core: int) -> None:
     start = time.perf_counter()
     with open(f"{workdir}.log", "a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(process.pid, {core})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -211,21 +208,10 @@ def execute(run: Run, out: Path, core: int) -> None:
     print(f"{run.directory}: cIoU {values['ciou']:.3f}, {values['cpu_seconds']:.0f} s", flush=True)
 
 
-def execute_all(runs: Sequence[Run], out: Path, cores: Sequence[int]) -> None:
-    """Runs as many at a time as there are cores; raises what the first one raised that failed."""
-    free: queue.Queue[int] = queue.Queue()
-    for core in cores:
-        free.put(core)
-
-    def execute_on_free(run: Run) -> None:
-        core = free.get()
-        try:
-            execute(run, out, core)
-        finally:
-            free.put(core)
-
-    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-        for finished in [pool.submit(execute_on_free, run) for run in runs]:
+def execute_all(runs: Sequence[Run], out: Path, at_once: int) -> None:
+    """Runs `at_once` at a time; raises what the first one raised that failed."""
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        for finished in [pool.submit(execute, run, out) for run in runs]:
             finished.result()
 
 
@@ -267,11 +253,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--at_once", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     out = options.out.absolute()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    execute_all([pretraining(seed) for seed in options.seeds], out, cores)
-    execute_all([run for seed in options.seeds for run in all_runs(seed, out)], out, cores)
+    execute_all([pretraining(seed) for seed in options.seeds], out, options.at_once)
+    runs = [run for seed in options.seeds for run in all_runs(seed, out)]
+    execute_all(runs, out, options.at_once)
     print(f"\n{environment.describe()}; {PRETRAIN_STEPS} and {STEPS} steps of 16 images")
     segmenters = [read_ciou(out, pretraining(seed)) for seed in options.seeds]
     print(f"the pre-trained segmenter, by clicks and boxes: {spread(segmenters)}")

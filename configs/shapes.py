@@ -166,7 +166,11 @@ def get_config(argument: str | None = None) -> ConfigDict:
             learning_rate=6e-4,
             schedule="cosine",
             warmup_steps=100,
-            rate_rules=(("(encoder|segmenter/image_encoder)/.*", 0.5), (".*", 1.0)),
+            rate_rules=(
+                ("encoder/.*", 0.5),
+                ("segmenter/image_encoder/.*", 0.25),
+                (".*", 1.0),
+            ),
         ),
     )
 
@@ -199,4 +203,4 @@ def make_small(config: ConfigDict) -> None:
     )
     config.data.canvas = (80, 80)
     for stage in config.stages.values():
-        stage.optimizer.warmup_steps = 50
+        stage.optimizer.update(learning_rate=2e-3, warmup_steps=50)
