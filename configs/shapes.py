@@ -150,6 +150,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             rate_rules=(("segmenter/image_encoder/.*", 0.25), (".*", 1.0)),
         ),
     )
+    untrained = not (segmenter or stages["pretrain"])
     config.stages.referring = dict(
         prompts="text",
         steps=stages["referring"],
@@ -159,7 +160,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
             ("projector/.*", True),
             ("segmenter/mask_decoder/.*", arguments["train_mask_decoder"]),
             ("segmenter/prompt_encoder/no_mask_embed", arguments["train_prompt_encoder"]),
-            ("segmenter/image_encoder/.*", not (segmenter or stages["pretrain"])),
+            ("segmenter/image_encoder/.*", untrained),
             ("segmenter/.*", False),
         ),
         optimizer=dict(
@@ -167,8 +168,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
             schedule="cosine",
             warmup_steps=100,
             rate_rules=(
-                ("encoder/.*", 0.5),
-                ("segmenter/image_encoder/.*", 0.25),
+                *([("encoder/.*", 0.5)] if arguments["train_encoder"] else []),
+                *([("segmenter/image_encoder/.*", 0.25)] if untrained else []),
                 (".*", 1.0),
             ),
         ),

@@ -60,6 +60,7 @@ def test_arguments_choose_fusion_and_readout(argument: str, changed: dict):
 )
 def test_arguments_choose_what_phrases_train(argument: str, trained: set):
     config = experiment_from_dict(shapes.get_config(argument).to_dict())
+    make_stages(config, make_mesh(config.mesh))
     paths = path_leaves(split_params(param_shapes(config.model), config.stages[-1].trainable)[0])
     assert any(path.startswith("projector/") for path in paths)
     modules = {path.removeprefix("segmenter/prompt_encoder/") for path in paths}
