@@ -1,5 +1,6 @@
 """What is float32 is multiplied in float32 on every device, also in a bfloat16 model."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.beit3 import Beit3Config
+from evf_sam_jax.models.clip import ClipConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
+from evf_sam_jax.models.vilt import ViltConfig
 
 EXACT = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
@@ -49,10 +53,12 @@ def forward(config: EvfSamConfig) -> Any:
         ).jaxpr
 
 
+@pytest.mark.parametrize("encoder", [Beit3Config, ClipConfig, ViltConfig])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float32_operands_are_multiplied_exactly(dtype: str):
+def test_float32_operands_are_multiplied_exactly(dtype: str, encoder: Any):
     found = {jnp.float32: 0, jnp.bfloat16: 0}
-    for equation in products(forward(evf_sam.with_dtype(EvfSamConfig.tiny(), dtype))):
+    config = dataclasses.replace(EvfSamConfig.tiny(), encoder=encoder.tiny())
+    for equation in products(forward(evf_sam.with_dtype(config, dtype))):
         operands = {variable.aval.dtype for variable in equation.invars}
         assert len(operands) == 1, equation
         if operands == {jnp.dtype(jnp.float32)}:

@@ -11,6 +11,9 @@ import pytest
 
 from convert import vilt as vilt_table
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.model_inputs import tower_images
+from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.models.vilt import READOUTS, Vilt, ViltConfig
 from tests.parity import vilt_cases
@@ -24,7 +27,8 @@ SMALL = vilt_cases.SMALL
 @functools.lru_cache
 def all_params(config: ViltConfig) -> dict:
     section = {"encoder": tower_to_dict(config)}
-    return our_params(vilt_table.table(config), section, prefix="vilt.")["encoder"]
+    found = our_params(vilt_table.table(config), section, prefix="vilt.")["encoder"]
+    return jax.tree.map(jnp.asarray, found)
 
 
 def params(config: ViltConfig) -> dict:
@@ -47,12 +51,14 @@ def of_pairs(config: ViltConfig, given: vilt_cases.Inputs, masked: bool = True) 
 
 def our_outputs(config: ViltConfig, name: str) -> dict[str, np.ndarray]:
     given = vilt_cases.inputs(config, vilt_cases.SIZES[name])
-    return {
-        readout: of_pairs(
-            dataclasses.replace(config, readout=readout), given, masked=name == "padded"
-        )[:, 0]
-        for readout in ("text_cls", "image_cls", "pooler", "image_mean")
-    }
+
+    def found(readout: str) -> np.ndarray:
+        one = dataclasses.replace(config, readout=readout)
+        return of_pairs(one, given, masked=name == "padded")[:, 0]
+
+    image_cls, text_cls = np.split(found("concat"), 2, axis=-1)
+    outputs = {readout: found(readout) for readout in ("pooler", "image_mean")}
+    return outputs | {"image_cls": image_cls, "text_cls": text_cls}
 
 
 def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -96,7 +102,7 @@ def test_what_is_outside_an_image_changes_nothing(given: vilt_cases.Inputs) -> N
     noise = np.random.default_rng(0).normal(size=given.image.shape).astype(np.float32)
     inside = given.image_valid[..., None]
     noisy = dataclasses.replace(given, image=np.where(inside, given.image, noise))
-    for readout in ("text_cls", "image_mean"):
+    for readout in ("concat", "image_mean"):
         config = dataclasses.replace(SMALL, readout=readout)
         np.testing.assert_array_equal(of_pairs(config, noisy), of_pairs(config, given))
 
@@ -116,46 +122,38 @@ def test_padding_of_the_text_changes_nothing(given: vilt_cases.Inputs) -> None:
     assert np.abs(of_pairs(SMALL, attended) - of_pairs(SMALL, given))[1].max() > 1e-3
 
 
-@pytest.mark.parametrize("readout", ["concat", "pooler"])
-def test_fused_in_no_layer_equals_two_separate_passes(
-    given: vilt_cases.Inputs, readout: str
-) -> None:
-    never = dataclasses.replace(SMALL, early_layers=0, readout=readout)
-    late = dataclasses.replace(SMALL, fusion="late", readout=readout)
+BOTH = dataclasses.replace(SMALL, readout="concat")
+
+
+def test_fused_in_no_layer_equals_two_separate_passes(given: vilt_cases.Inputs) -> None:
+    never = dataclasses.replace(BOTH, early_layers=0)
     found = of_pairs(never, given)
-    np.testing.assert_allclose(found, of_pairs(late, given), atol=1e-6)
+    late = of_pairs(dataclasses.replace(BOTH, fusion="late"), given)
+    np.testing.assert_allclose(found, late, atol=1e-6)
     # The text of a pass of its own; the image of a pass with another text.
-    text_readout = "text_cls" if readout == "concat" else "pooler"
-    text = of_pairs(dataclasses.replace(SMALL, fusion="text", readout=text_readout), given)
-    np.testing.assert_allclose(found[..., -SMALL.width :], text, atol=1e-6)
+    text = of_pairs(dataclasses.replace(SMALL, fusion="text"), given)
+    np.testing.assert_allclose(found[..., SMALL.width :], text, atol=1e-6)
     other_text = dataclasses.replace(given, ids=given.ids[::-1], valid=given.valid[::-1])
-    if readout == "concat":
-        image = of_pairs(never, other_text)[..., : SMALL.width]
-        np.testing.assert_allclose(found[..., : SMALL.width], image, atol=1e-6)
+    image = of_pairs(never, other_text)[..., : SMALL.width]
+    np.testing.assert_allclose(found[..., : SMALL.width], image, atol=1e-6)
 
 
-def test_fused_in_all_layers_is_early_fusion(given: vilt_cases.Inputs) -> None:
-    every = dataclasses.replace(SMALL, early_layers=SMALL.layers)
-    np.testing.assert_allclose(of_pairs(every, given), of_pairs(SMALL, given), atol=1e-6)
-
-
-def test_each_fused_layer_counts(given: vilt_cases.Inputs) -> None:
+def test_each_fused_layer_counts_and_all_of_them_are_early_fusion(
+    given: vilt_cases.Inputs,
+) -> None:
     by_depth = [
-        of_pairs(dataclasses.replace(SMALL, early_layers=layers, readout="image_cls"), given)
+        of_pairs(dataclasses.replace(BOTH, early_layers=layers), given)
         for layers in range(SMALL.layers + 1)
     ]
     for fewer, more in zip(by_depth, by_depth[1:], strict=False):
         assert np.abs(fewer - more).max() > 1e-3
+    np.testing.assert_allclose(by_depth[-1], of_pairs(BOTH, given), atol=1e-6)
 
 
-def test_concatenation_is_of_both_tokens(given: vilt_cases.Inputs) -> None:
-    channels = of_pairs(dataclasses.replace(SMALL, readout="concat"), given)
-    tokens = of_pairs(dataclasses.replace(SMALL, readout="concat", concat="tokens"), given)
-    for index, readout in enumerate(("image_cls", "text_cls")):
-        alone = of_pairs(dataclasses.replace(SMALL, readout=readout), given)[:, 0]
-        np.testing.assert_allclose(tokens[:, index], alone, atol=1e-6)
-        half = slice(index * SMALL.width, (index + 1) * SMALL.width)
-        np.testing.assert_allclose(channels[:, 0, half], alone, atol=1e-6)
+def test_two_tokens_are_the_two_halves_of_the_channels(given: vilt_cases.Inputs) -> None:
+    tokens = of_pairs(dataclasses.replace(BOTH, concat="tokens"), given)
+    assert tokens.shape == (2, 2, SMALL.width)
+    np.testing.assert_allclose(tokens.reshape(2, 1, -1), of_pairs(BOTH, given), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +188,31 @@ def test_a_phrase_that_is_all_padding_stays_finite(given: vilt_cases.Inputs) -> 
     for fusion in READOUTS:
         config = dataclasses.replace(SMALL, fusion=fusion, readout="pooler")
         assert np.isfinite(of_pairs(config, nothing)).all()
+
+
+def test_the_hosts_fourth_channel_says_what_is_inside() -> None:
+    tiny = dataclasses.replace(ViltConfig.tiny(), image_fit="pad")
+    model = dataclasses.replace(EvfSamConfig.tiny(), encoder=tiny)
+    rng = np.random.default_rng(0)
+    image = tower_images(model).encoder(rng.integers(0, 256, (40, 90, 3), np.uint8))[None]
+    given = vilt_cases.inputs(tiny, vilt_cases.SIZES["square"])
+    projector = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        evf_sam.param_shapes(model)["projector"],
+    )
+    weights = {"encoder": params(tiny), "projector": projector}
+
+    encode_phrases = jax.jit(evf_sam.encode_phrases, static_argnums=0)
+
+    def prompt(image: np.ndarray) -> np.ndarray:
+        pairs = given.ids[:1, None], given.valid[:1, None]
+        return np.asarray(encode_phrases(model, weights, image, *pairs))
+
+    noise = rng.normal(size=image.shape).astype(np.float32) * (image[..., 3:] == 0)
+    noise[..., 3] = 0
+    assert np.abs(noise).max() > 1
+    np.testing.assert_array_equal(prompt(image + noise), prompt(image))
+    assert np.abs(prompt((image + noise)[..., :3]) - prompt(image)).max() > 1e-2
 
 
 def count(config: ViltConfig) -> int:
