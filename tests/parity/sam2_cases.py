@@ -29,6 +29,12 @@ CONFIGS = {
     "small_b_plus": _narrow(Sam2Config.hiera_base_plus(), 8),
     "small_l": _narrow(Sam2Config.hiera_large(), 8),
 }
+# Of the largest, outputs of the original are stored.
+FULL_SIZES = {
+    "hiera_tiny": dataclasses.replace(Sam2Config.hiera_tiny(), dtype="float32"),
+    "hiera_small": dataclasses.replace(Sam2Config.hiera_small(), dtype="float32"),
+    "hiera_base_plus": dataclasses.replace(Sam2Config.hiera_base_plus(), dtype="float32"),
+}
 COMBINATIONS = [
     ("points",),
     ("box",),
@@ -44,7 +50,8 @@ def combinations(name: str) -> list[tuple[str, ...]]:
 
     The prompt encoder and the decoder are the same in all of them.
     """
-    return {"small_t": COMBINATIONS, "small_l": [("text",)]}.get(name, [])
+    some = [("text",), ("points", "box", "mask")]
+    return {"small_t": COMBINATIONS, "small_l": [("text",)], "hiera_tiny": some}.get(name, [])
 
 
 def profiles(name: str) -> tuple[str, ...]:
@@ -147,7 +154,7 @@ def original_outputs(name: str) -> dict[str, np.ndarray]:
     """
     import torch
 
-    config = CONFIGS[name]
+    config = (CONFIGS | FULL_SIZES)[name]
     model, given = original(config), inputs(config)
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
