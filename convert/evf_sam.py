@@ -8,6 +8,7 @@ configuration under `evf_sam_jax` in config.json, and comes back by it.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _MODELS = {
 }
 # model/configuration_evf.py; sam_scale and mm_extractor_scale have no default.
 _DEFAULTS = {"hidden_size": 768, "out_dim": 256}
+_PREFIXES = {"mm_extractor.": "encoder", "visual_model.": "segmenter"}
 _SEMANTIC = "[semantic]"  # a token of its own in the multi-task models only
 
 
@@ -39,10 +41,22 @@ def table(config: EvfSamConfig) -> Table:
         *weight_and_bias("text_hidden_fcs.0.2", "projector/out", LINEAR),
     )
     return joined(
-        tower_table(config.encoder).prefixed("mm_extractor."),
         Table(projector, fields={}),
-        tower_table(config.segmenter).prefixed("visual_model."),
+        *(
+            tower_table(getattr(config, tower)).prefixed(prefix)
+            for prefix, tower in _PREFIXES.items()
+        ),
     )
+
+
+def whole_name(config: EvfSamConfig, name: str) -> str:
+    """The name in an EVF-SAM of a tensor that a tower's own checkpoint had, and no use for here."""
+    for prefix, tower in _PREFIXES.items():
+        ignored = tower_table(getattr(config, tower)).ignored
+        if any(re.fullmatch(one.source, name) for one in ignored):
+            # transformers, which loads an EVF-SAM, knows no tensor of the name gamma.
+            return prefix + re.sub(r"\.gamma$", ".weight", name)
+    return name
 
 
 def convert(directory: Path, profile: str | None = None) -> Conversion:
@@ -56,7 +70,7 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
     variant, config = recognise(source_config, directory / "config.json")
     notes = ()
     if _OWN_CONFIG not in source_config:
-        variant, config, notes = _with_profile(variant, config, directory, profile)
+        config, notes = in_profile(variant, config, directory, profile)
     elif profile is not None:
         config = dataclasses.replace(config, profile=profile)
     return Conversion(
@@ -72,17 +86,17 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
     )
 
 
-def _with_profile(
+def in_profile(
     variant: str, config: EvfSamConfig, directory: Path, asked: str | None
-) -> tuple[str, EvfSamConfig, tuple[str, ...]]:
-    """The variant and configuration in the profile asked for, and what to say of it.
+) -> tuple[EvfSamConfig, tuple[str, ...]]:
+    """The configuration in the profile asked for, and what to say of it.
 
     By hustvl/EVF-SAM's README at 9935dc5, the multi-task checkpoints were trained after its commit
     9d00853, which changed how images are stretched and SAM-2 decodes, and the others before it. A
     SAM ViT has one way; checkpoints with EfficientSAM were never released.
     """
     if not config.segmenter.stretches:
-        return variant, config, ()
+        return config, ()
     multitask = _SEMANTIC in read_added_tokens(directory)
     expected = "legacy" if variant.startswith("evf-sam2") and not multitask else "current"
     name = f"{variant}-multitask" if multitask else variant
@@ -95,7 +109,7 @@ def _with_profile(
             f"profile {profile} as asked for, but the weights look like those of {name} ({reason}),"
             f" which were trained with the profile {expected}: expect worse masks"
         )
-    return variant, dataclasses.replace(config, profile=profile), (note,)
+    return dataclasses.replace(config, profile=profile), (note,)
 
 
 def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamConfig]:

@@ -53,6 +53,23 @@ def test_flax_modules_are_known_to_the_models_only():
     assert not offences
 
 
+def test_nothing_but_the_builders_knows_which_families_of_towers_there_are():
+    """Sizes are chosen in configs, benchmarks and converters; the rest asks the configuration."""
+    families = ("beit3", "clip", "vilt", "sam", "sam2", "efficient_sam")
+    modules = [f"evf_sam_jax.models.{family}" for family in families]
+    builders = {"families.py", "released.py"}
+    builders |= {"evf_sam.py"}  # the sizes of the tests' model, and BEiT-3's attention map
+    offences = {
+        str(file): name
+        for file in sources("evf_sam_jax", "data_pipelines")
+        if file.parts[:2] != ("evf_sam_jax", "models") or len(file.parts) == 3
+        if file.name not in builders and file.stem not in families
+        for name in imported_modules(file)
+        if any(is_within(name, module) for module in modules)
+    }
+    assert not offences
+
+
 @pytest.mark.parametrize("framework", ["torch", "torchvision", "tensorflow"])
 def test_the_core_needs_no_other_framework(framework: str):
     offences = [

@@ -262,6 +262,33 @@ def test_the_config_of_every_released_scale_is_recognised():
 
 
 @pytest.mark.parametrize(
+    ("variant", "multitask", "asked", "profile", "said"),
+    [
+        ("evf-sam2", False, None, "legacy", "profile legacy, as evf-sam2 needs it"),
+        ("evf-sam2", True, None, "current", "profile current, as evf-sam2-multitask needs it"),
+        ("evf-sam2", False, "legacy", "legacy", "profile legacy, as evf-sam2 needs it"),
+        ("evf-sam2", False, "current", "current", "trained with the profile legacy: expect worse"),
+        ("evf-sam2", True, "legacy", "legacy", "trained with the profile current: expect worse"),
+        ("evf-effi-sam", False, None, "current", "profile current, as evf-effi-sam needs it"),
+        ("evf-sam", False, None, "current", None),
+        ("evf-sam", False, "legacy", "current", None),  # a SAM ViT has one way
+    ],
+)
+def test_the_profile_is_what_the_released_weights_need_or_is_warned_of(
+    tmp_path: Path, variant: str, multitask: bool, asked: str | None, profile: str, said: str | None
+):
+    if multitask:
+        (tmp_path / "added_tokens.json").write_text('{"[semantic]": 64002}')
+    config, notes = evf_sam.in_profile(variant, RELEASED[variant], tmp_path, asked)
+    assert config == dataclasses.replace(RELEASED[variant], profile=profile)
+    if said is None:
+        assert notes == ()
+    else:
+        (note,) = notes
+        assert said in note
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"mm_extractor_scale": "large", "hidden_size": 1024}, "has no sam_scale: expected 'huge'"),
