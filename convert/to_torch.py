@@ -61,6 +61,9 @@ def write_torch(model_dir: Path, out_dir: Path) -> tuple[str, ...]:
             f"{model_dir}: the parameters are not those of the configuration in its manifest"
         )
     passthrough = read_passthrough(model_dir)
+    if {"encoder", "segmenter"} <= set(manifest.config):
+        whole = full_config(manifest.config)
+        passthrough = {evf_sam.whole_name(whole, key): x for key, x in passthrough.items()}
     dtypes = _source_dtypes(manifest, plan, stored)
     lossy = _lossy(model_dir, plan, dtypes, stored)
     header = {

@@ -132,6 +132,12 @@ def finished_model(
         manifest = dataclasses.replace(
             source, config=model.to_dict(), profile=model.profile, source={}, cast_to=None
         )
+    else:  # under the names of the towers' own checkpoints
+        reasons: dict[str, str] = {}
+        for directory, _ in directories.values():
+            passthrough |= read_passthrough(directory)
+            reasons |= read_manifest(directory).passthrough
+        manifest = dataclasses.replace(manifest, passthrough=reasons)
     return leaves, manifest, passthrough
 
 

@@ -16,12 +16,15 @@ from convert.table import Plan, Table, make_plan
 from convert.to_model_dir import leaf_shapes
 from evf_sam_jax import model_dir
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import InitConfig
+from evf_sam_jax.initialize import finished_model, initial_params
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.released import RELEASED
 from evf_sam_jax.models.sam2.config import Sam2Config
 from tests import golden_checkpoint
 from tests.convert import torch_writer
 from tests.convert.checkpoints import BRAIN, HALF, state_dict
+from tests.evf_sam_jax import tiny_experiment
 
 MANIFEST = Path(__file__).parents[1] / "golden" / "evf_sam2" / "evf_sam2.manifest.json"
 TINY = Sam2Config.tiny()
@@ -108,6 +111,27 @@ def test_evf_sam2_goes_there_and_back_with_its_name_for_gamma(tmp_path: Path):
     manifest = model_dir.read_manifest(tmp_path / "model")
     assert EvfSamConfig.from_dict(manifest.config) == WHOLE
     assert set(manifest.passthrough) == set(videos)
+
+
+def test_what_training_began_with_hands_on_what_is_for_videos(tmp_path: Path):
+    """A model of two foundations goes to PyTorch with every tensor that an EVF-SAM2 has."""
+    shapes = plan_of(sam2.table(TINY), section(TINY)).source_shapes() | VIDEOS
+    segmenter, encoder = arrays_of(shapes, [HALF]), state_dict("beit3")
+    torch_writer.save(tmp_path / "sam2.pt", segmenter, wrapped_in="model")
+    torch_writer.save(tmp_path / "beit3.pth", encoder, wrapped_in="model")
+    for command, file in (("sam2", "sam2.pt"), ("beit3", "beit3.pth")):
+        main([command, str(tmp_path / file), str(tmp_path / command)])
+    init = InitConfig(encoder=str(tmp_path / "beit3"), segmenter=str(tmp_path / "sam2"))
+    experiment = dataclasses.replace(tiny_experiment.EXPERIMENT, model=WHOLE, init=init)
+    leaves, manifest, aside = finished_model(experiment, initial_params(experiment), frozenset())
+    model_dir.write_model_dir(tmp_path / "model", leaves, manifest, passthrough=aside)
+    main(["to-torch", str(tmp_path / "model"), str(tmp_path / "back")])
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    for prefix, arrays in (("visual_model.", segmenter), ("mm_extractor.", encoder)):
+        for key, array in arrays.items():
+            found = back.pop(prefix + key.replace("gamma", "weight"))
+            np.testing.assert_array_equal(found, array, err_msg=key)
+    assert {key.split(".")[0] for key in back} == {"text_hidden_fcs"}
 
 
 def test_the_table_and_what_is_kept_aside_are_the_released_checkpoint():
