@@ -12,8 +12,11 @@ from jax.extend.core import jaxprs_in_params
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.clip import ClipConfig
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.models.vilt import ViltConfig
 
 EXACT = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
@@ -36,7 +39,7 @@ def forward(config: EvfSamConfig) -> Any:
     def whole(params, image, size, encoder_image, ids, valid, mask):
         features: ImageFeatures = evf_sam.encode_image(config, params, image, size)
         text = evf_sam.encode_phrases(config, params, encoder_image, ids, valid)
-        boxes = jnp.zeros((1, 2, 4))
+        boxes, mask = jnp.zeros((1, 2, 4)), mask if config.segmenter.mask_prompts else None
         return evf_sam.decode(config, params, features, Prompts(text=text, boxes=boxes, mask=mask))
 
     array = jax.ShapeDtypeStruct
@@ -53,11 +56,20 @@ def forward(config: EvfSamConfig) -> Any:
         ).jaxpr
 
 
-@pytest.mark.parametrize("encoder", [Beit3Config, ClipConfig, ViltConfig])
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"encoder": Beit3Config.tiny(), "segmenter": SamConfig.tiny()},
+        {"encoder": ClipConfig.tiny()},
+        {"encoder": ViltConfig.tiny()},
+        {"segmenter": Sam2Config.tiny()},
+        {"segmenter": EfficientSamConfig.tiny()},
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float32_operands_are_multiplied_exactly(dtype: str, encoder: Any):
+def test_float32_operands_are_multiplied_exactly(dtype: str, tower: dict[str, Any]):
     found = {jnp.float32: 0, jnp.bfloat16: 0}
-    config = dataclasses.replace(EvfSamConfig.tiny(), encoder=encoder.tiny())
+    config = dataclasses.replace(EvfSamConfig.tiny(), **tower)
     for equation in products(forward(evf_sam.with_dtype(config, dtype))):
         operands = {variable.aval.dtype for variable in equation.invars}
         assert len(operands) == 1, equation

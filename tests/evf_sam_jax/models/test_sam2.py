@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from convert import sam2 as sam2_table
+from evf_sam_jax.collectives import collective_bytes
 from evf_sam_jax.errors import UserError
+from evf_sam_jax.models import attention
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.models.sam2.mask_decoder import stability
 from evf_sam_jax.models.sam2.sam2 import Sam2
 from evf_sam_jax.prompts import Prompt, stack_geometry
+from evf_sam_jax.sharding import MeshConfig, make_mesh
 from tests.golden.make_model_outputs import thinned
 from tests.parity import sam2_cases
 from tests.parity.sam_cases import Inputs, inputs
@@ -197,6 +201,33 @@ def test_images_and_prompts_do_not_mix() -> None:
     after = logits()
     assert np.abs(after[0] - before[0]).max() > 1e-2
     np.testing.assert_allclose(after[1, 1], before[1, 1], atol=2e-5)
+
+
+def test_devices_that_share_a_batch_exchange_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in tiles too, as images of the released size have it."""
+    monkeypatch.setattr(attention, "SMALL_SCORES", 16)
+    monkeypatch.setattr(attention, "TILE_SCORES", {"cpu": 64, "gpu": 64})
+    config = Sam2Config.tiny()
+    params, rng, side = params_of(config), np.random.default_rng(0), config.image_size
+    images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+    sizes = np.asarray([[side // 2, side], [side, side]], np.int32)
+    text = rng.normal(size=(2, 1, 1, config.out_channels)).astype(np.float32)
+
+    def logits(params, images, sizes, text):
+        features = encode(config, "legacy", params, images, sizes)
+        [found] = decode(config, (("legacy", False, False),), params, features, Prompts(text=text))
+        return found.low_res_logits
+
+    expected = jax.jit(logits)(params, images, sizes, text)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    with jax.set_mesh(mesh):
+        shared = jax.device_put((images, sizes, text), rows)
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(logits).lower(params, *shared).compile()
+        found = compiled(params, *shared)
+    assert not any(one.count for one in collective_bytes(compiled.as_text()).values())
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
