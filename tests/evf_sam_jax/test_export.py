@@ -17,10 +17,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from data_pipelines import image_input
+from data_pipelines.image_input import read_image
+from data_pipelines.tower_images import TowerImages
 from evf_sam_jax import export, export_loader, model_dir
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.export_loader import ExportedModel, Prediction
+from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models import attention
 from evf_sam_jax.predictor import Predictor
 from tests.evf_sam_jax.tiny_model import CONFIG, edited, picture, write_tiny_model
@@ -109,7 +111,7 @@ def test_the_loader_alone_predicts_what_the_model_predicts(
     with np.load(tmp_path / "found.npz") as found:
         found_of_phrases = found["logits0"]
         for number, (image, phrases) in enumerate(jobs):
-            expected = predictor.predict(image_input.read_image(image), texts=phrases)
+            expected = predictor.predict(read_image(image), texts=phrases)
             logits, masks, iou = (found[f"{name}{number}"] for name in ("logits", "masks", "iou"))
             np.testing.assert_allclose(logits, expected.mask_logits, rtol=0, atol=1e-5)
             np.testing.assert_allclose(iou, expected.iou, rtol=0, atol=1e-5)
@@ -137,13 +139,14 @@ def test_weights_are_the_models(directory: pathlib.Path, exported: pathlib.Path)
 
 def test_the_manifest_says_how_images_are_prepared(exported: pathlib.Path):
     manifest = json.loads((exported / "manifest.json").read_text())
-    encoder = manifest["preprocessing"]["encoder"]
-    color = np.array([10, 128, 250])
-    image = np.broadcast_to(color.astype(np.uint8), (5, 7, 3))
-    found = image_input.encoder_input(image, encoder["size"])
-    expected = (color / 255 - encoder["mean"]) / encoder["std"]
-    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), atol=1e-6)
-    assert manifest["preprocessing"]["segmenter"]["frame"] == CONFIG.segmenter.image_size
+    segmenter, encoder = (manifest["preprocessing"][key] for key in ("segmenter", "encoder"))
+    said = TowerImages(
+        frame=segmenter["frame"],
+        fit=segmenter["fit"],
+        encoder_size=encoder["size"],
+        encoder_kind=encoder["kind"],
+    )
+    assert said == tower_images(CONFIG)
     assert manifest["parameter_counts"]["total"] > 0
 
 
@@ -270,7 +273,7 @@ BAD_LOADS: dict[str, tuple[Callable[[pathlib.Path, pathlib.Path], pathlib.Path],
     "not an export": (lambda e, t: t, "manifest.json cannot be read: No such file"),
     "another version": (
         lambda e, t: edited(e, t / "e", export_version=99),
-        "expected export_version 1, found 99",
+        "expected export_version 2, found 99",
     ),
     "manifest without functions": (
         lambda e, t: edited(e, t / "e", functions={}),
