@@ -190,7 +190,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     return config
 
 
-def make_small(config: ConfigDict) -> None:
+def make_small(config: Any) -> None:
     """Changes the experiment to one that takes a minute or two of one core.
 
     Three shapes an image, told apart by their looks and places, not by their relations.
