@@ -167,7 +167,7 @@ def test_a_config_of_another_model_than_the_weights(
 ):
     write_evf_sam(tmp_path / "source", {f"visual_model.{key}": a for key, a in sam.items()})
     said = refusal("evf-sam", tmp_path / "source", tmp_path / "model")
-    assert "tensors missing: mm_extractor.beit3.text_embed.weight" in said
+    assert "tensors missing: " in said and "mm_extractor.beit3.text_embed.weight" in said
 
 
 @pytest.mark.parametrize(
