@@ -1,6 +1,7 @@
 """The model applied to a batch, and one pure training step: (state, batch) -> (state, metrics)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -42,28 +43,27 @@ class LossWeights:
 
 
 def predict_masks(
-    config: EvfSamConfig, params: Params, batch: Batch, prompts: PromptKind
+    config: EvfSamConfig, params: Params, batch: Batch, prompts: PromptKind, train: bool = False
 ) -> Float[Array, "b k h w"]:
     """Returns the logits of each mask at the original resolution, top-left on the batch's canvas.
 
-    Needs only the modules of `params` that the prompts make use of.
+    Needs only the modules of `params` that the prompts make use of; `train` as of `decode`.
     """
     features = batch.image_features
     if features is None:
         assert batch.sam_image is not None, "a batch has images or their features"
         features = encode_image(config, params, batch.sam_image, batch.sam_size)
+    decoded = functools.partial(_decode, config, params, train)
     if prompts == "points_and_boxes":
         half = batch.sam_size.shape[0] // 2
         logits = jnp.concatenate(
             [
-                _decode(config, params, _rows(features, 0, half), _rows(batch, 0, half), "points"),
-                _decode(
-                    config, params, _rows(features, half, None), _rows(batch, half, None), "boxes"
-                ),
+                decoded(_rows(features, 0, half), _rows(batch, 0, half), "points"),
+                decoded(_rows(features, half, None), _rows(batch, half, None), "boxes"),
             ]
         )
     else:
-        logits = _decode(config, params, features, batch, prompts)
+        logits = decoded(features, batch, prompts)
     return resample_masks(
         logits,
         batch.sam_size,
@@ -83,7 +83,7 @@ def make_loss(
     """
 
     def loss(trainable: Params, frozen: Params, batch: Batch, phrases: Float[Array, ""]):
-        logits = predict_masks(config, merge(trainable, frozen), batch, prompts)
+        logits = predict_masks(config, merge(trainable, frozen), batch, prompts, train=True)
         bce, dice = bce_and_dice(logits, batch.mask, batch.mask_valid, batch.phrase_valid, phrases)
         intersection, union = overlap_counts(
             logits, batch.mask, batch.mask_valid, batch.phrase_valid
@@ -184,6 +184,7 @@ def _choose(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> T
 def _decode(
     config: EvfSamConfig,
     params: Params,
+    train: bool,
     features: ImageFeatures,
     batch: Batch,
     prompts: PromptKind,
@@ -197,7 +198,8 @@ def _decode(
         given = Prompts(points=batch.points, point_labels=labels)
     else:
         given = Prompts(boxes=batch.boxes)
-    return decode(config, params, features, given, multimask=False).low_res_logits[:, :, 0]
+    prediction = decode(config, params, features, given, multimask=False, train=train)
+    return prediction.low_res_logits[:, :, 0]
 
 
 def _rows(tree, start: int, stop: int | None):

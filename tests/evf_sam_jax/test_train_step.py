@@ -14,10 +14,11 @@ from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.losses import bce_and_dice
 from evf_sam_jax.metrics import StepMetrics
 from evf_sam_jax.model_dir import path_leaves
-from evf_sam_jax.models.evf_sam import encode_image
+from evf_sam_jax.models.evf_sam import encode_image, init_params
+from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.train_state import TrainState, create_state, split_params
-from evf_sam_jax.train_step import make_train_step, predict_masks
+from evf_sam_jax.train_step import LossWeights, make_loss, make_train_step, predict_masks
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, PRETRAIN, REFERRING, batch
 
 # What the first step measures.
@@ -161,3 +162,20 @@ def test_the_loss_is_that_of_the_masks_with_the_stage_s_weights():
     np.testing.assert_allclose((metrics.bce, metrics.dice), (bce, dice), rtol=1e-5)
     assert (REFERRING.loss.bce, REFERRING.loss.dice) == (2.0, 0.5)
     np.testing.assert_allclose(metrics.loss, 2.0 * bce + 0.5 * dice, rtol=1e-5)
+
+
+def test_what_is_learnt_from_is_the_single_mask_even_where_it_is_unstable():
+    """SAM-2 of the legacy profile falls back to the best of three in prediction only."""
+    config = dataclasses.replace(MODEL, segmenter=Sam2Config.tiny(), profile="legacy")
+    given = jax.tree.map(jnp.asarray, batch(prompts=False, model=config))
+    drawn = init_params(config, jax.random.key(0))
+    single, stable = (
+        jax.jit(functools.partial(predict_masks, config, prompts="text", train=train))(drawn, given)
+        for train in (True, False)
+    )
+    assert np.abs(single - stable).max() > 1e-3, "no mask is unstable here"
+    loss = make_loss(config, "text", LossWeights())
+    phrases = given.phrase_valid.sum(dtype=jnp.float32)
+    _, sums = jax.jit(loss)(drawn, {}, given, phrases)
+    expected = bce_and_dice(single, given.mask, given.mask_valid, given.phrase_valid)
+    np.testing.assert_allclose((sums["bce"], sums["dice"]), expected, rtol=1e-5)

@@ -83,13 +83,13 @@ def example(example_id: int, height: int, width: int) -> Example:
     return Example(example_id, image, tuple(f"the {name} square" for name in COLOURS), masks)
 
 
-def batch(prompts: bool) -> Batch:
+def batch(prompts: bool, model: EvfSamConfig = MODEL) -> Batch:
     """Two images of different sizes."""
     spec = BatchSpec(
         batch_size=2,
         phrases=len(COLOURS),
         text_length=TEXT_LENGTH,
-        images=tower_images(MODEL),
+        images=tower_images(model),
         canvas=CANVAS,
         prompts=prompts,
     )
