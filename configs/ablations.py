@@ -10,7 +10,6 @@ the row fixes. `--mode plan` prints our parameters beside the paper's. The paper
     table=1                          RefCOCO testA (its LLaVA, 79.1, is LISA-7B's)
       clip_text                      63.4
       clip_late                      67.9   (Table 3 has 68.9)
-      beit3_text                     -
       beit3_early                    83.7
 
     table=3                          RefCOCO val   testA   testB   parameters of the encoder
@@ -133,7 +132,6 @@ TABLES: dict[int, dict[str, Row]] = {
     1: {
         "clip_text": Row(_clip("clip_l14_openai", "text"), (63.4,)),
         "clip_late": Row(_clip("clip_l14_openai", "late"), (67.9,)),
-        "beit3_text": Row(_beit3("text"), (None,)),
         "beit3_early": Row(_beit3("early"), (83.7,)),
     },
     3: {
