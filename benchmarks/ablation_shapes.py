@@ -91,7 +91,7 @@ READOUT = Table(
     "read-out (Table 5, early fusion)",
     (
         Row("text CLS", "readout=text_cls"),
-        Row("image CLS", "", 83.7),
+        Row("image CLS", ""),
         Row("mean of image tokens", "readout=image_mean"),
         Row("text and image CLS concatenated", "readout=concat"),
     ),
