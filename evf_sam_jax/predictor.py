@@ -194,12 +194,15 @@ class Predictor:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":
+    def load(
+        cls, path: str | os.PathLike, dtype: str = "float32", antialias: bool = True
+    ) -> "Predictor":
         """Loads a model directory.
 
         Args:
           path: written by `python -m convert` or at the end of a training.
           dtype: "float32" for the original's numbers, "bfloat16" for speed and half the memory.
+          antialias: as of `model_inputs.tower_images`.
 
         Raises:
           UserError: no model directory, one of another version, one without the whole model, or
@@ -216,7 +219,7 @@ class Predictor:
         tokenizer = None
         if manifest.has_tokenizer:
             tokenizer = model_inputs.load_tokenizer(path, config)
-        return cls(config, _load_params(path, config, dtype), tokenizer)
+        return cls(config, _load_params(path, config, dtype), tokenizer, antialias)
 
     @classmethod
     def load_segmenter(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":

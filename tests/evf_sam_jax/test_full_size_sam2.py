@@ -68,8 +68,7 @@ def assert_same_tensors(source: Path, back: Path) -> None:
 @pytest.fixture(scope="module")
 def predictor(directory: Path) -> Predictor:
     """Its images are resized as the original's script does it."""
-    loaded = Predictor.load(directory, dtype="float32")
-    return Predictor(loaded.config, loaded.params, antialias=False)
+    return Predictor.load(directory, dtype="float32", antialias=False)
 
 
 @pytest.fixture(scope="module")
