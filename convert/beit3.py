@@ -7,7 +7,6 @@ of positions: hustvl/EVF-SAM at 9935dc5, `model/unilm/beit3/modeling_finetune.py
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -28,7 +27,7 @@ from convert.to_model_dir import Conversion, leaf_shapes
 from data_pipelines.image_input import resize_bicubic
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.beit3 import Beit3Config
-from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.families import tower_to_dict
 
 POSITIONS = "beit3.encoder.embed_positions.A.weight"
 _WORDS = "beit3.text_embed.weight"
@@ -112,7 +111,7 @@ def convert(path: Path, image_size: int | None = None) -> Conversion:
                 f"found {image_size}"
             )
         # Checked as it is in the file first: afterwards it has the right shape by construction.
-        plan = make_plan(table(config), leaf_shapes(_section(config)))
+        plan = make_plan(table(config), leaf_shapes({"encoder": tower_to_dict(config)}))
         check_source(plan, tensors, str(path))
         config = dataclasses.replace(config, image_size=image_size)
         tensors[POSITIONS] = _interpolated(tensors[POSITIONS], image_size // config.patch_size)
@@ -120,22 +119,17 @@ def convert(path: Path, image_size: int | None = None) -> Conversion:
             f"positions interpolated to images of {image_size} pixels: {POSITIONS} cannot go back "
             "bit-identical"
         )
+    section = {"encoder": tower_to_dict(config)}
     return Conversion(
         variant=variant,
-        config=_section(config),
+        config=section,
         table=table(config),
-        shapes=leaf_shapes(_section(config)),
+        shapes=leaf_shapes(section),
         checkpoint=dataclasses.replace(checkpoint, tensors=tensors),
         where=str(path),
         tokenizer_dir=path.parent,  # beit3.spm is published beside the checkpoints
         notes=tuple(notes),
     )
-
-
-def _section(config: Beit3Config) -> dict[str, Any]:
-    """The manifest's `config` of an encoder alone."""
-    whole = dataclasses.replace(EvfSamConfig.tiny(), encoder=config).to_dict()
-    return {"encoder": whole["encoder"]}
 
 
 def _recognise(checkpoint: Checkpoint, path: Path) -> tuple[str, Beit3Config]:

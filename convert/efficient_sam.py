@@ -3,7 +3,6 @@
 Names: yformer/EfficientSAM at d525f62, `efficient_sam/*.py`.
 """
 
-import dataclasses
 from pathlib import Path
 
 from convert.checkpoint_files import open_file
@@ -22,7 +21,7 @@ from convert.table import (
 from convert.to_model_dir import Conversion, leaf_shapes
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
-from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.families import tower_to_dict
 
 _POSITIONS = "image_encoder.pos_embed"
 
@@ -110,8 +109,7 @@ def convert(path: Path) -> Conversion:
     found = shapes.get(_POSITIONS, ())
     for variant, config in CONFIGS.items():
         if depth == config.depth and found == (1, 1 + config.table_size**2, config.width):
-            whole = dataclasses.replace(EvfSamConfig.tiny(), segmenter=config).to_dict()
-            section = {"segmenter": whole["segmenter"]}
+            section = {"segmenter": tower_to_dict(config)}
             return Conversion(
                 variant=variant,
                 config=section,

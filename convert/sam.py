@@ -3,7 +3,6 @@
 Names: facebookresearch/segment-anything at dca509f, `modeling/*.py`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from convert.table import (
 )
 from convert.to_model_dir import Conversion, leaf_shapes
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.models.sam.config import DecoderConfig, SamConfig
 
 _POSITIONS = "image_encoder.pos_embed"
@@ -186,8 +185,7 @@ def convert(path: Path) -> Conversion:
     found = shapes.get(_POSITIONS, ())
     for variant, config in CONFIGS.items():
         if depth == config.depth and found == (1, config.grid, config.grid, config.width):
-            whole = dataclasses.replace(EvfSamConfig.tiny(), segmenter=config).to_dict()
-            section = {"segmenter": whole["segmenter"]}
+            section = {"segmenter": tower_to_dict(config)}
             return Conversion(
                 variant=variant,
                 config=section,

@@ -5,7 +5,6 @@ Names: facebookresearch/sam2 at 2b90b9f, `modeling/*.py`; in EVF-SAM2, hustvl/EV
 with in videos is kept aside.
 """
 
-import dataclasses
 from pathlib import Path
 
 from convert.checkpoint_files import open_file
@@ -23,7 +22,7 @@ from convert.table import (
 )
 from convert.to_model_dir import Conversion, leaf_shapes
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.models.sam2.config import STAGES, Run, Sam2Config
 
 _POSITIONS = "image_encoder.trunk.pos_embed"
@@ -135,8 +134,7 @@ def convert(path: Path) -> Conversion:
             (1, config.width, side, side) for side in (config.position_grid, config.windows[0])
         )
         if depth == sum(config.stages) and found == tables:
-            whole = dataclasses.replace(EvfSamConfig.tiny(), segmenter=config).to_dict()
-            section = {"segmenter": whole["segmenter"]}
+            section = {"segmenter": tower_to_dict(config)}
             return Conversion(
                 variant=f"{version}_{size}",
                 config=section,
