@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.config_checks import check_choice, check_multiple, check_values
+from evf_sam_jax.models.config_checks import (
+    check_choice,
+    check_fusion_and_readout,
+    check_multiple,
+    check_values,
+)
 from evf_sam_jax.models.layers import (
     PatchConv,
     dense,
@@ -84,12 +89,8 @@ class ClipConfig:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
         check_choice("encoder.activation", self.activation, ACTIVATIONS)
-        check_choice("encoder.fusion", self.fusion, tuple(READOUTS))
-        check_choice(
-            f"encoder.readout with {self.fusion} fusion", self.readout, READOUTS[self.fusion]
-        )
+        check_fusion_and_readout(self, READOUTS)
         check_choice("encoder.projected", self.projected, (False, True))
-        check_choice("encoder.concat", self.concat, ("channels", "tokens"))
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "crop"))
         for name, divisor in (
             ("text_width", "text_heads"),

@@ -1,6 +1,7 @@
 """What the values of a model's configuration must satisfy, each said in one sentence."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from evf_sam_jax.errors import UserError
@@ -39,6 +40,20 @@ def check_multiple(config: Any, where: str, name: str, divisor_name: str) -> Non
         raise UserError(
             f"{where}.{name}: expected a multiple of {divisor_name} {divisor}, found {value}"
         )
+
+
+def check_fusion_and_readout(config: Any, readouts: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises UserError unless an encoder knows its fusion, and what is read out is there with it.
+
+    Args:
+      config: of an encoder, with `fusion`, `readout` and `concat`.
+      readouts: of each fusion that the encoder can do.
+    """
+    check_choice("encoder.fusion", config.fusion, tuple(readouts))
+    check_choice(
+        f"encoder.readout with {config.fusion} fusion", config.readout, readouts[config.fusion]
+    )
+    check_choice("encoder.concat", config.concat, ("channels", "tokens"))
 
 
 def check_early_layers(early_layers: Any, fusion: str, layers: int) -> None:

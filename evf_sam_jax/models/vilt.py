@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from evf_sam_jax.models.config_checks import (
     check_choice,
     check_early_layers,
+    check_fusion_and_readout,
     check_multiple,
     check_values,
 )
@@ -95,12 +96,8 @@ class ViltConfig:
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
-        check_choice("encoder.fusion", self.fusion, tuple(READOUTS))
+        check_fusion_and_readout(self, READOUTS)
         check_early_layers(self.early_layers, self.fusion, self.layers)
-        check_choice(
-            f"encoder.readout with {self.fusion} fusion", self.readout, READOUTS[self.fusion]
-        )
-        check_choice("encoder.concat", self.concat, ("channels", "tokens"))
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "pad"))
         check_multiple(self, "encoder", "width", "heads")
         check_multiple(self, "encoder", "image_size", "patch_size")
