@@ -13,17 +13,14 @@ one command at a time may write to an OUT/NAME/SPLIT.
 import argparse
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tqdm import tqdm
 
@@ -36,21 +33,24 @@ from data_pipelines.prepared import (
     INDEX,
     MANIFEST,
     Manifest,
-    Shard,
-    damage,
     encode_record,
-    file_sha256,
-    is_remote,
     read_manifest,
+)
+from data_pipelines.record_files import (
+    Shard,
+    finished_shard,
+    is_remote,
+    remove_leftovers,
+    remove_sidecars,
+    reporting,
     shard_name,
+    write_shard,
+    write_text,
 )
 from data_pipelines.source import LooseFiles
 from evf_sam_jax.errors import UserError, run_command
 
 IMAGES_A_SHARD = 1000  # some 100 to 200 MB of photographs
-# One record a group, so that one is read without its neighbours; images are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
-_PARTIAL = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +107,22 @@ def prepare(
             f"{directory}: expected nothing, or {source.name} from the same files in as many "
             f"shards, found another; remove it first"
         )
-    with _reporting(directory):
+    with reporting(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(directory, names)
+        remove_leftovers(directory, names)
     known = {} if old is None else {shard.file: shard for shard in old.shards}
-    done = {task.file: shard for task in tasks if (shard := _finished(task, known.get(task.file)))}
+    done = {
+        task.file: shard
+        for task in tasks
+        if (
+            shard := finished_shard(
+                task.directory, task.file, task.fingerprint, known.get(task.file)
+            )
+        )
+    }
     missing = [task for task in tasks if task.file not in done]
     if old is not None and not missing and (directory / INDEX / "meta.json").exists():
-        _remove_sidecars(directory, names)
+        remove_sidecars(directory, names)
         return old
     with tqdm(total=len(index), desc=source.name, unit="image", disable=None) as progress:
         progress.update(sum(task.end - task.begin for task in tasks if task.file in done))
@@ -126,38 +134,25 @@ def prepare(
     counts = {key: kept[key] for key in ("images", "targets", "phrases", "problems")}
     fingerprint = index.meta["fingerprint"]
     manifest = Manifest(dataset.name, split, fingerprint, source.rules, counts, tuple(written))
-    _write_text(directory / MANIFEST, manifest.to_json())
-    _remove_sidecars(directory, names)
+    write_text(directory / MANIFEST, manifest.to_json())
+    remove_sidecars(directory, names)
     return manifest
 
 
-def write_shard(task: ShardTask) -> Shard:
-    """Writes one file of records and its sidecar, each whole or not at all.
+def write_images(task: ShardTask) -> Shard:
+    """Writes one file of records. Raises UserError if it cannot be written."""
 
-    Raises:
-      UserError: it cannot be written.
-    """
-    path = epath.Path(task.directory) / task.file
-    left_out: list[tuple[int, str]] = []
-    with _reporting(path), _whole_file(path) as local:
-        writer = ArrayRecordWriter(os.fspath(local), _WRITER_OPTIONS)
-        try:
-            for row in range(task.begin, task.end):
-                image = task.index.annotated(row)
-                try:
-                    content = _checked_content(task.root, image)
-                except UserError as error:
-                    left_out.append((row, str(error)))
-                else:
-                    writer.write(encode_record(image, content))
-        finally:
-            writer.close()
-        records = task.end - task.begin - len(left_out)
-        size = local.stat().st_size
-        shard = Shard(task.file, records, size, file_sha256(local), tuple(left_out))
-    sidecar = {**dataclasses.asdict(shard), "fingerprint": task.fingerprint}
-    _write_text(_sidecar(path), json.dumps(sidecar))
-    return shard
+    def records() -> Iterator[bytes | tuple[int, str]]:
+        for row in range(task.begin, task.end):
+            image = task.index.annotated(row)
+            try:
+                content = _checked_content(task.root, image)
+            except UserError as error:
+                yield row, str(error)
+            else:
+                yield encode_record(image, content)
+
+    return write_shard(task.directory, task.file, task.fingerprint, records())
 
 
 def _checked_content(root: Path, image: AnnotatedImage) -> bytes:
@@ -183,7 +178,7 @@ def _checked_content(root: Path, image: AnnotatedImage) -> bytes:
 def _write_shards(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[ShardTask, Shard]]:
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
-            yield task, write_shard(task)
+            yield task, write_images(task)
         return
     pool = futures.ProcessPoolExecutor(
         min(workers, len(tasks)),
@@ -191,7 +186,7 @@ def _write_shards(tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[Sh
         initializer=_end_with_parent,
     )
     try:
-        running = {pool.submit(write_shard, task): task for task in tasks}
+        running = {pool.submit(write_images, task): task for task in tasks}
         for future in futures.as_completed(running):
             yield running[future], future.result()
     except futures.process.BrokenProcessPool:
@@ -220,25 +215,6 @@ def _made_from(old: Manifest, index: Index, names: Sequence[str]) -> bool:
     return same_files and [shard.file for shard in old.shards] == list(names)
 
 
-def _finished(task: ShardTask, known: Shard | None) -> Shard | None:
-    """The shard of a task, if it is there already, whole and from the same files.
-
-    Args:
-      known: what a manifest says of it.
-    """
-    shard = known
-    if shard is None:
-        try:
-            text = _sidecar(epath.Path(task.directory) / task.file).read_text()
-            entry = json.loads(text)
-            if entry.pop("fingerprint") != task.fingerprint:
-                return None
-            shard = Shard.from_json(entry)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # not written to its end
-    return shard if damage(task.directory, shard) is None else None
-
-
 def _write_kept_index(index: Index, shards: Sequence[Shard], directory: epath.Path) -> dict:
     """Writes the index of the images that have records, in their order; returns its counts."""
     left_out = dict(pair for shard in shards for pair in shard.left_out)
@@ -254,7 +230,7 @@ def _write_kept_index(index: Index, shards: Sequence[Shard], directory: epath.Pa
 
     meta = {key: index.meta[key] for key in ("name", "split", "fingerprint")}
     target = directory / INDEX
-    with _reporting(target), contextlib.ExitStack() as stack:
+    with reporting(target), contextlib.ExitStack() as stack:
         if target.exists():
             target.rmtree()
         if not is_remote(target):
@@ -265,60 +241,6 @@ def _write_kept_index(index: Index, shards: Sequence[Shard], directory: epath.Pa
         for path in local.iterdir():
             epath.Path(path).copy(target / path.name, overwrite=True)
         return counts
-
-
-def _write_text(path: epath.Path, text: str) -> None:
-    with _reporting(path), _whole_file(path) as local:
-        local.write_text(text, "utf-8")
-
-
-@contextlib.contextmanager
-def _whole_file(path: epath.Path) -> Iterator[Path]:
-    """Gives a local file to write, which becomes `path` at the end, or is removed."""
-    if is_remote(path):
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / path.name
-            yield local
-            epath.Path(local).copy(path, overwrite=True)
-        return
-    partial = Path(path).with_name(f".{path.name}{_PARTIAL}")
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _reporting(path: epath.Path) -> Iterator[None]:
-    """What cannot be written becomes one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    except RuntimeError as error:  # array_record's, such as "write() failed: ...; writing ..."
-        reason = re.search(r"failed: ([^;]+)", str(error))
-        what = reason[1] if reason else error
-        raise UserError(f"{path} cannot be written: {what}") from error
-
-
-def _sidecar(path: epath.Path) -> epath.Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _remove_sidecars(directory: epath.Path, names: Sequence[str]) -> None:
-    for name in names:
-        _sidecar(directory / name).unlink(missing_ok=True)
-
-
-def _remove_leftovers(directory: epath.Path, names: Sequence[str]) -> None:
-    """Removes half-written files, and shards of a run with another number of them."""
-    for path in directory.iterdir():
-        name = path.name.removesuffix(".json")
-        other = re.search(r"-\d{5}-of-\d{5}\.array_record$", name) and name not in names
-        if other or (path.name.startswith(".") and path.name.endswith(_PARTIAL)):
-            path.unlink()
 
 
 def main() -> None:

@@ -19,9 +19,8 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -30,6 +29,7 @@ from etils import epath
 
 from data_pipelines.image_input import decode_image
 from data_pipelines.index import AnnotatedImage, Index, Target, user_cache
+from data_pipelines.record_files import Shard, damage, is_remote
 from data_pipelines.source import IndexedSource, ReadingRules
 from evf_sam_jax.errors import UserError
 
@@ -37,32 +37,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index"
 _AGAIN = "run data_pipelines.prepare again"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file of records.
-
-    Attributes:
-      file: its name in the directory.
-      records: how many.
-      bytes: the file's size.
-      sha256: of the file, in hexadecimal.
-      left_out: the row of each image that could not be read, in the index that the split was made
-        from, with the reason.
-    """
-
-    file: str
-    records: int
-    bytes: int
-    sha256: str
-    left_out: tuple[tuple[int, str], ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Shard":
-        """From what `dataclasses.asdict` made."""
-        left_out = tuple((int(row), str(what)) for row, what in entry["left_out"])
-        return cls(**{**entry, "left_out": left_out})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +72,6 @@ class Manifest:
         content["rules"] = ReadingRules(**rules)
         content["shards"] = tuple(map(Shard.from_json, content["shards"]))
         return cls(**content)
-
-
-def shard_name(split: str, shard: int, shards: int) -> str:
-    """The name of a file of records."""
-    return f"{split}-{shard:05}-of-{shards:05}.array_record"
 
 
 def encode_record(image: AnnotatedImage, content: bytes) -> bytes:
@@ -190,18 +159,6 @@ def read_manifest(directory: str | os.PathLike) -> Manifest | None:
         raise UserError(f"{path}: expected a manifest of a prepared data set: {error}") from None
 
 
-def damage(directory: str | os.PathLike, shard: Shard) -> str | None:
-    """What is wrong with the file of a shard, by its size; None: nothing."""
-    path = epath.Path(directory) / shard.file
-    try:
-        size = path.stat().length
-    except FileNotFoundError:
-        return f"{path}: expected a file of records, found nothing there"
-    if size != shard.bytes:
-        return f"{path}: expected {shard.bytes} bytes, found {size}"
-    return None
-
-
 def open_prepared(
     directory: str | os.PathLike,
     rules: ReadingRules | None = None,
@@ -234,17 +191,6 @@ def open_prepared(
         raise UserError(f"{local}: expected {len(index)} records, found {records}; {_AGAIN}")
     store = RecordStore((str(local / shard.file), shard.records) for shard in manifest.shards)
     return IndexedSource(index, store, manifest.rules if rules is None else rules)
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path leads to a bucket."""
-    return "://" in os.fspath(path)
-
-
-def file_sha256(path: Path) -> str:
-    """The checksum of a local file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cached(directory: str | os.PathLike, manifest: Manifest, cache: Path | None) -> Path:

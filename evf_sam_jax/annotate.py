@@ -35,7 +35,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines.image_input import read_image
-from data_pipelines.prepared import file_sha256
+from data_pipelines.record_files import file_sha256
 from data_pipelines.segmentations import encode_mask
 from evf_sam_jax.annotation.boxes import BoxedImage, BoxFile, read_boxes, with_mask, write_masks
 from evf_sam_jax.annotation.parts import GroupMasks, Parts

@@ -15,7 +15,7 @@ import tensorboardX
 from etils import epath
 from jaxtyping import Int32, UInt8
 
-from data_pipelines.prepared import is_remote
+from data_pipelines.record_files import is_remote
 from evf_sam_jax.errors import UserError
 
 _CONFIG, _DATA = "config.json", "data.json"

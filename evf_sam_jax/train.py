@@ -24,7 +24,7 @@ from PIL import Image
 from data_pipelines.assemble import Example
 from data_pipelines.batch import Batch
 from data_pipelines.eval_pipeline import EvalRows, eval_dataset, eval_rows
-from data_pipelines.prepared import is_remote
+from data_pipelines.record_files import is_remote
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.train_pipeline import iterate
 from evf_sam_jax.checkpoints import Checkpoints, is_begun

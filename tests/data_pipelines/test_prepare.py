@@ -15,6 +15,7 @@ from PIL import Image
 
 import data_pipelines.prepare
 import data_pipelines.prepared
+import data_pipelines.record_files
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.eval_pipeline import eval_dataset
 from data_pipelines.index import AnnotatedImage, Target
@@ -360,8 +361,8 @@ def test_shards_of_another_split_are_refused(root: Path, tmp_path: Path):
 def test_a_bucket_is_written_and_read_through_local_files(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    bucket = tmp_path / "bucket"  # a folder that both modules take for one
-    for module in (data_pipelines.prepare, data_pipelines.prepared):
+    bucket = tmp_path / "bucket"  # a folder that all modules take for one
+    for module in (data_pipelines.prepare, data_pipelines.prepared, data_pipelines.record_files):
         monkeypatch.setattr(module, "is_remote", lambda path: str(path).startswith(str(bucket)))
     prepare(TINY.dataset(), root, bucket, "train", shards=2)
     directory = bucket / "tiny" / "train"
