@@ -135,8 +135,12 @@ class EvfSam(nn.Module):
         self.projector = gathering(Mlp)(widths, "relu", encoder.dtype, ("hidden", "out"))
         self.segmenter = make_segmenter(self.config.segmenter, self.config.profile)
 
-    def encode_image(self, sam_image, sam_size) -> ImageFeatures:
-        return self.segmenter.encode_image(sam_image, sam_size)
+    def encode_image(self, sam_image, sam_size, finished=True) -> ImageFeatures:
+        features = self.segmenter.encode_image(sam_image, sam_size)
+        return self.segmenter.finish(features) if finished else features
+
+    def finish_features(self, features) -> ImageFeatures:
+        return self.segmenter.finish(features)
 
     def encode_phrases(self, encoder_image, text_ids, text_valid) -> Float[Array, "b k t c"]:
         # A fourth channel says what is inside, where images differ in size.
@@ -204,6 +208,7 @@ def encode_image(
     params: Params,
     sam_image: UInt8[Array, "b s s 3"],
     sam_size: Int[Array, "b 2"],
+    finished: bool = True,
 ) -> ImageFeatures:
     """Encodes images for the segmenter, `encoder_chunk` at a time. Uses params["segmenter"].
 
@@ -213,10 +218,11 @@ def encode_image(
     Args:
       sam_image: resized so that its longer side is the frame's, top-left, not normalised.
       sam_size: height and width of the content.
+      finished: whether they are for `decode`; otherwise what `finish_features` does is left out.
     """
 
     def encode(image: UInt8[Array, "b s s 3"], size: Int[Array, "b 2"]) -> ImageFeatures:
-        return _apply(config, params, EvfSam.encode_image, image, size)
+        return _apply(config, params, EvfSam.encode_image, image, size, finished)
 
     images, chunk = sam_image.shape[0], config.segmenter.encoder_chunk
     # The fewest chunks of one size, none larger than asked for.
@@ -228,6 +234,15 @@ def encode_image(
     by_chunk = jax.tree.map(lambda x: split_strided(x, chunks), (sam_image, sam_size))
     features = jax.lax.map(lambda pair: encode(*pair), by_chunk)
     return jax.tree.map(join_strided, features)
+
+
+def finish_features(config: EvfSamConfig, params: Params, features: ImageFeatures) -> ImageFeatures:
+    """Completes the features of `encode_image(finished=False)`. Uses params["segmenter"].
+
+    A few parameters that the original counts to the decoder, and trains with it, are applied to an
+    image once (`SegmenterConfig.finishing`); most segmenters have none.
+    """
+    return _apply(config, params, EvfSam.finish_features, features)
 
 
 def split_strided(x: Array, parts: int) -> Array:

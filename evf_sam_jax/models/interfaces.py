@@ -122,7 +122,9 @@ class SegmenterConfig(Protocol):
     """The configuration of a promptable segmenter, a frozen dataclass.
 
     Its module is `Module(config, profile)` with `encode_image(image uint8 [b,s,s,3], size [b,2]) ->
-    ImageFeatures` and `decode(features, prompts, multimask, train) -> MaskPrediction`.
+    ImageFeatures`, `finish(ImageFeatures) -> ImageFeatures` and `decode(features, prompts,
+    multimask, train) -> MaskPrediction`. What is cached of an image is what `encode_image` returns,
+    and `decode` takes what `finish` makes of that.
 
     Attributes:
       family: its name in `families.SEGMENTERS`.
@@ -130,6 +132,8 @@ class SegmenterConfig(Protocol):
         resized to it at once; otherwise the longer side fills it, and masks are cropped.
       mask_prompts: whether an earlier mask can be a prompt.
       outside_points: whether a point can say what is not meant.
+      finishing: regex of the parameters of `finish`, "" if it has none; the image encoder's others
+        are those of `encode_image`.
       image_size: s, side of the frame in pixels.
       low_res_size: l, side of the decoder's masks.
       out_channels: channels of a prompt token.
@@ -143,6 +147,7 @@ class SegmenterConfig(Protocol):
     stretches: ClassVar[bool]
     mask_prompts: ClassVar[bool]
     outside_points: ClassVar[bool]
+    finishing: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property

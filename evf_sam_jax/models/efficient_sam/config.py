@@ -46,6 +46,7 @@ class EfficientSamConfig:
     stretches: ClassVar[bool] = True
     mask_prompts: ClassVar[bool] = False
     outside_points: ClassVar[bool] = False
+    finishing: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

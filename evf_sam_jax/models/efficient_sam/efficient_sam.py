@@ -38,6 +38,10 @@ class EfficientSam(nn.Module):
         """Encodes images as `frame.normalize_and_stretch` takes them; `size`: height, width."""
         return ImageFeatures(embedding=self.image_encoder(image, size))
 
+    def finish(self, features: ImageFeatures) -> ImageFeatures:
+        """Leaves features as they are: nothing is left to be done."""
+        return features
+
     def decode(
         self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool = False
     ) -> MaskPrediction:

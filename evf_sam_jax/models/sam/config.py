@@ -83,6 +83,7 @@ class SamConfig:
     stretches: ClassVar[bool] = False
     mask_prompts: ClassVar[bool] = True
     outside_points: ClassVar[bool] = True
+    finishing: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

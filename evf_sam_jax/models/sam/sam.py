@@ -39,6 +39,10 @@ class Sam(nn.Module):
         """Encodes images that were resized into the frame, top-left; `size`: height, width."""
         return ImageFeatures(embedding=self.image_encoder(image, size))
 
+    def finish(self, features: ImageFeatures) -> ImageFeatures:
+        """Leaves features as they are: nothing is left to be done."""
+        return features
+
     def decode(
         self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool
     ) -> MaskPrediction:

@@ -70,6 +70,7 @@ class Sam2Config:
     stretches: ClassVar[bool] = True
     mask_prompts: ClassVar[bool] = True
     outside_points: ClassVar[bool] = True
+    finishing: ClassVar[str] = "segmenter/image_encoder/neck/conv_s[01]/.*"
 
     width: int
     heads: int

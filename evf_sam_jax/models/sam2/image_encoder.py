@@ -10,6 +10,8 @@ Differences:
     only the memory of videos uses, are not computed.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -67,11 +69,16 @@ class ImageEncoder(nn.Module):
         self.no_mem_embed = self.param("no_mem_embed", normal, (self.config.out_channels,))
 
     def __call__(self, image: Float[Array, "b s s 3"]) -> ImageFeatures:
-        """Returns the image embedding and the high-resolution features."""
+        """Returns the image embedding, and the finer levels of the pyramid as they are there."""
         finest, finer, embedding = self.pyramid(image)
         # An image is a video's first frame, which has no memory.
         embedding = embedding + self.no_mem_embed.astype(jnp.float32)[None, None, None]
-        return ImageFeatures(embedding=embedding, high_res=self.neck.high_res(finest, finer))
+        return ImageFeatures(embedding=embedding, high_res=(finest, finer))
+
+    def finish(self, features: ImageFeatures) -> ImageFeatures:
+        """Brings the finer levels into the channels that the decoder adds."""
+        finest, finer = features.high_res
+        return dataclasses.replace(features, high_res=self.neck.high_res(finest, finer))
 
     def pyramid(self, image: Float[Array, "b s s 3"]) -> list[Float[Array, "b _ _ c"]]:
         """Returns the levels of the feature pyramid, finest first."""

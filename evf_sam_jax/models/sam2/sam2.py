@@ -41,10 +41,16 @@ class Sam2(nn.Module):
     ) -> ImageFeatures:
         """Encodes images that fill the frame or, in the legacy profile, lie in it top-left.
 
+        The finer levels are those of the pyramid, as far as the original's image encoder goes.
+
         Args:
           size: height and width of the content; only the legacy profile looks at it.
         """
         return self.image_encoder(normalize_and_stretch(image, size, self.profile))
+
+    def finish(self, features: ImageFeatures) -> ImageFeatures:
+        """Brings finer levels into the decoder's channels, by what the original's decoder has."""
+        return self.image_encoder.finish(features)
 
     def decode(
         self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool
