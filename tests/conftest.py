@@ -18,6 +18,14 @@ os.environ.setdefault("NPROC", "64")
 import tempfile
 from pathlib import Path
 
+# Many tests compile the same tiny programs, each in functions of its own. Test processes and the
+# commands that they start share them; a directory that is given keeps them for the next time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="evf_sam_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+# With a limit, whoever reads or writes locks the directory.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)
+
 import jax
 import pytest
 
@@ -30,9 +38,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Float32 products on accelerators are otherwise done in TF32 or bfloat16.
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Many tests compile the same tiny programs, each in functions of its own.
-_compiled = tempfile.TemporaryDirectory(prefix="evf_sam_compiled_")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -56,7 +61,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """Where compiled programs are kept, for commands that tests start as processes."""
-    return Path(_compiled.name)
+    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

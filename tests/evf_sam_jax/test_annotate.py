@@ -196,6 +196,7 @@ def test_objects365_reads_what_was_made(model: Path, data: Path, whole: Path, tm
         np.testing.assert_array_equal(mask, decoded(entry))
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_to_the_same_bytes(
     model: Path, compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -257,6 +257,7 @@ def interrupted(
     return workdir, parts
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_wrote_a_checkpoint_ends_to_the_same_bits(
     interrupted: tuple[Path, list[Part]], whole: Path
 ):
@@ -267,7 +268,8 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_ends_to_the_same_bits(
     assert half_checkpoints(workdir) == []
 
 
-def test_a_run_that_is_told_to_stop_saves_its_last_step_and_says_so(
+@pytest.mark.slow
+def test_a_command_that_is_told_to_stop_saves_its_last_step_and_says_so(
     interrupted: tuple[Path, list[Part]],
 ):
     _, (killed, told, last) = interrupted
@@ -278,6 +280,16 @@ def test_a_run_that_is_told_to_stop_saves_its_last_step_and_says_so(
     assert int(step) == begun + 1 == told.checkpoints[-1]
     assert f"referring {step}/{STEPS}: loss" in told.out
     assert f"referring: going on after step {step}\n" in last.out
+
+
+def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bits(whole: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    said = run(experiment(), workdir, stop_at=f"referring 2/{STEPS}: loss")
+    assert re.search(rf"referring \d/{STEPS}: told to stop, the state is saved\n", said)
+    stopped = checkpoint_steps(workdir)[-1]
+    assert 0 < stopped < STEPS
+    assert f"referring: going on after step {stopped}\n" in run(experiment(), workdir)
+    assert_same_run(workdir, whole)
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(whole: Path):
