@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from convert.checkpoint_files import Checkpoint, SourceTensor, open_file
+from convert.checkpoint_files import Shapes, SourceTensor, open_file
+from convert.recognise import looks_like
 from convert.table import (
     CONV,
     LINEAR,
@@ -101,7 +102,7 @@ def convert(path: Path, image_size: int | None = None) -> Conversion:
         size interpolates the positions of the patches.
     """
     checkpoint = open_file(path, wrapped_in="model")
-    variant, config = _recognise(checkpoint, path)
+    variant, config = recognise(checkpoint.shapes, path)
     notes = []
     tensors = dict(checkpoint.tensors)
     if image_size is not None and image_size != config.image_size:
@@ -132,8 +133,8 @@ def convert(path: Path, image_size: int | None = None) -> Conversion:
     )
 
 
-def _recognise(checkpoint: Checkpoint, path: Path) -> tuple[str, Beit3Config]:
-    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+def recognise(shapes: Shapes, path: Path) -> tuple[str, Beit3Config]:
+    """The name and the configuration that have these shapes; UserError if it is none."""
     rows = shapes.get(POSITIONS, (0,))[0] - _EXTRA_POSITIONS
     side = math.isqrt(max(rows, 0))
     layers = sum(key.endswith(".self_attn.q_proj.A.weight") for key in shapes)
@@ -150,6 +151,7 @@ def _recognise(checkpoint: Checkpoint, path: Path) -> tuple[str, Beit3Config]:
     raise UserError(
         f"{path} is not a BEiT-3 checkpoint of a known size ({', '.join(CONFIGS)}): found "
         f"{len(shapes)} tensors, {layers} layers, and {_WORDS} {list(shapes.get(_WORDS, ()))}"
+        f"{looks_like(shapes)}"
     )
 
 

@@ -15,6 +15,8 @@ from convert.safetensors_files import DTYPES
 from convert.torch_files import TorchTensor, read_torch_file
 from evf_sam_jax.errors import UserError
 
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by their names
+
 # The order in which transformers looks for them: safetensors first, whole files before shards.
 _DIRECTORY_FILES = (
     "model.safetensors",
@@ -39,6 +41,11 @@ class Checkpoint:
 
     tensors: Mapping[str, SourceTensor]
     files: tuple[Path, ...]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the tensors."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def file_hashes(self) -> dict[str, str]:
         """File name -> sha256 of its bytes."""

@@ -5,7 +5,7 @@ Names: yformer/EfficientSAM at d525f62, `efficient_sam/*.py`.
 
 from pathlib import Path
 
-from convert.checkpoint_files import open_file
+from convert.checkpoint_files import Shapes, open_file
 from convert.recognise import looks_like
 from convert.sam import decoder_fields, transformer_rules
 from convert.table import (
@@ -104,20 +104,25 @@ def _mask_decoder() -> tuple[Rule, ...]:
 def convert(path: Path) -> Conversion:
     """Opens an EfficientSAM checkpoint; its size follows from its shapes."""
     checkpoint = open_file(path, wrapped_in="model")
-    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    variant, config = recognise(checkpoint.shapes, path)
+    section = {"segmenter": tower_to_dict(config)}
+    return Conversion(
+        variant=variant,
+        config=section,
+        table=table(config),
+        shapes=leaf_shapes(section),
+        checkpoint=checkpoint,
+        where=str(path),
+    )
+
+
+def recognise(shapes: Shapes, path: Path) -> tuple[str, EfficientSamConfig]:
+    """The name and the configuration that have these shapes; UserError if it is none."""
     depth = sum(key.endswith(".attn.qkv.weight") for key in shapes)
     found = shapes.get(_POSITIONS, ())
     for variant, config in CONFIGS.items():
         if depth == config.depth and found == (1, 1 + config.table_size**2, config.width):
-            section = {"segmenter": tower_to_dict(config)}
-            return Conversion(
-                variant=variant,
-                config=section,
-                table=table(config),
-                shapes=leaf_shapes(section),
-                checkpoint=checkpoint,
-                where=str(path),
-            )
+            return variant, config
     raise UserError(
         f"{path} is not an EfficientSAM checkpoint of a known size ({', '.join(CONFIGS)}): found "
         f"{len(shapes)} tensors, {depth} blocks, and {_POSITIONS} {list(found)}{looks_like(shapes)}"

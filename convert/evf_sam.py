@@ -12,14 +12,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint_files import open_directory, read_json_object
-from convert.families import tower_table
-from convert.table import LINEAR, Rule, Table, joined, weight_and_bias
+from convert.checkpoint_files import Shapes, open_directory, read_json_object
+from convert.families import recognise_tower, tower_table
+from convert.recognise import family_of, looks_like
+from convert.table import LINEAR, Rule, Table, check_source, joined, make_plan, weight_and_bias
 from convert.to_model_dir import Conversion, leaf_shapes
 from data_pipelines.tokenizers import read_added_tokens
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
-from evf_sam_jax.models.released import RELEASED
+from evf_sam_jax.models.released import RELEASED, released_variant
 
 _OWN_CONFIG = "evf_sam_jax"
 # Architecture -> (sam_scale, mm_extractor_scale) -> name in `RELEASED`.
@@ -73,7 +74,7 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
         config, notes = in_profile(variant, config, directory, profile)
     elif profile is not None:
         config = dataclasses.replace(config, profile=profile)
-    return Conversion(
+    conversion = Conversion(
         variant=variant,
         config=config.to_dict(),
         table=table(config),
@@ -84,6 +85,38 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
         tokenizer_dir=directory,
         notes=notes,
     )
+    plan = make_plan(conversion.table, conversion.shapes)
+    try:
+        check_source(plan, checkpoint.tensors, conversion.where)
+    except UserError as error:
+        other = other_model(checkpoint.shapes, plan.source_shapes())
+        raise UserError(f"{error}{other}") from None
+    return conversion
+
+
+def other_model(found: Shapes, expected: Shapes) -> str:
+    """Returns "; they look like ..." if tensors are of other towers than expected, or nothing."""
+    if not any(name.startswith(tuple(_PREFIXES)) for name in found):
+        return looks_like(found)
+    towers = {prefix: _tower(found, prefix) for prefix in _PREFIXES}
+    others = {
+        f"{prefix}*": label
+        for prefix, (label, _) in towers.items()
+        if label and label != _tower(expected, prefix)[0]
+    }
+    if not others:
+        return ""
+    configs = [config for _, config in towers.values()]
+    whole = None if None in configs else released_variant(EvfSamConfig(*configs))
+    if whole is not None:
+        return f"; they look like those of {whole}"
+    return "; " + " and ".join(f"{names} look like {label}" for names, label in others.items())
+
+
+def _tower(shapes: Shapes, prefix: str) -> tuple[str | None, Any]:
+    """What the tower of these names seems to be, and its configuration if its size is known."""
+    own = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    return recognise_tower(_PREFIXES[prefix], own) or (family_of(own), None)
 
 
 def in_profile(

@@ -16,10 +16,14 @@ _SIGNS = (
 )
 
 
+def family_of(names: Iterable[str]) -> str | None:
+    """Returns the family whose sign is among the names of a checkpoint's tensors."""
+    names = list(names)
+    found = (family for sign, family in _SIGNS if any(re.fullmatch(sign, name) for name in names))
+    return next(found, None)
+
+
 def looks_like(names: Iterable[str]) -> str:
     """Returns "; it looks like FAMILY" for the names of a checkpoint's tensors, or nothing."""
-    names = list(names)
-    for sign, family in _SIGNS:
-        if any(re.fullmatch(sign, name) for name in names):
-            return f"; it looks like {family}"
-    return ""
+    family = family_of(names)
+    return f"; it looks like {family}" if family else ""

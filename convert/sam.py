@@ -6,7 +6,7 @@ Names: facebookresearch/segment-anything at dca509f, `modeling/*.py`.
 from collections.abc import Mapping
 from pathlib import Path
 
-from convert.checkpoint_files import open_file
+from convert.checkpoint_files import Shapes, open_file
 from convert.recognise import looks_like
 from convert.table import (
     CONV,
@@ -180,20 +180,25 @@ def transformer_rules(source: str) -> tuple[Rule, ...]:
 def convert(path: Path) -> Conversion:
     """Opens a SAM checkpoint; its size follows from its shapes."""
     checkpoint = open_file(path, wrapped_in="model")  # as other families are: to say which it is
-    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    variant, config = recognise(checkpoint.shapes, path)
+    section = {"segmenter": tower_to_dict(config)}
+    return Conversion(
+        variant=variant,
+        config=section,
+        table=table(config),
+        shapes=leaf_shapes(section),
+        checkpoint=checkpoint,
+        where=str(path),
+    )
+
+
+def recognise(shapes: Shapes, path: Path) -> tuple[str, SamConfig]:
+    """The name and the configuration that have these shapes; UserError if it is none."""
     depth = sum(key.endswith(".attn.qkv.weight") for key in shapes)
     found = shapes.get(_POSITIONS, ())
     for variant, config in CONFIGS.items():
         if depth == config.depth and found == (1, config.grid, config.grid, config.width):
-            section = {"segmenter": tower_to_dict(config)}
-            return Conversion(
-                variant=variant,
-                config=section,
-                table=table(config),
-                shapes=leaf_shapes(section),
-                checkpoint=checkpoint,
-                where=str(path),
-            )
+            return variant, config
     raise UserError(
         f"{path} is not a SAM checkpoint of a known size ({', '.join(CONFIGS)}): found "
         f"{len(shapes)} tensors, {depth} blocks, and {_POSITIONS} {list(found)}{looks_like(shapes)}"

@@ -7,7 +7,7 @@ with in videos is kept aside.
 
 from pathlib import Path
 
-from convert.checkpoint_files import open_file
+from convert.checkpoint_files import Shapes, open_file
 from convert.recognise import looks_like
 from convert.sam import decoder_fields, mask_decoder_rules, prompt_encoder_rules
 from convert.table import (
@@ -125,24 +125,29 @@ def _blocks(run: Run) -> tuple[Rule, ...]:
 def convert(path: Path) -> Conversion:
     """Opens a SAM-2 checkpoint; its size and version follow from its tensors."""
     checkpoint = open_file(path, wrapped_in="model")
-    shapes = {key: tensor.shape for key, tensor in checkpoint.tensors.items()}
+    size, config = recognise(checkpoint.shapes, path)
+    version = "sam2.1" if _ONLY_IN_2_1 in checkpoint.tensors else "sam2"
+    section = {"segmenter": tower_to_dict(config)}
+    return Conversion(
+        variant=f"{version}_{size}",
+        config=section,
+        table=table(config),
+        shapes=leaf_shapes(section),
+        checkpoint=checkpoint,
+        where=str(path),
+    )
+
+
+def recognise(shapes: Shapes, path: Path) -> tuple[str, Sam2Config]:
+    """The name and the configuration that have these shapes; UserError if it is none."""
     depth = sum(key.endswith(".attn.qkv.weight") for key in shapes)
     found = (shapes.get(_POSITIONS), shapes.get(_WINDOW))
-    version = "sam2.1" if _ONLY_IN_2_1 in shapes else "sam2"
     for size, config in CONFIGS.items():
         tables = tuple(
             (1, config.width, side, side) for side in (config.position_grid, config.windows[0])
         )
         if depth == sum(config.stages) and found == tables:
-            section = {"segmenter": tower_to_dict(config)}
-            return Conversion(
-                variant=f"{version}_{size}",
-                config=section,
-                table=table(config),
-                shapes=leaf_shapes(section),
-                checkpoint=checkpoint,
-                where=str(path),
-            )
+            return size, config
     raise UserError(
         f"{path} is not a SAM-2 checkpoint of a known size ({', '.join(CONFIGS)}): found "
         f"{len(shapes)} tensors, {depth} blocks, and {_POSITIONS} {list(found[0] or ())}"

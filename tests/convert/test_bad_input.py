@@ -1,5 +1,6 @@
 """Every mistake of a user gets one sentence and exit code 2, and leaves nothing behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from convert import evf_sam
 from convert.__main__ import main
 from convert.checkpoint_files import open_file
 from evf_sam_jax import model_dir
@@ -68,6 +70,21 @@ def test_files_that_are_not_what_the_command_reads(
     tmp_path: Path, refusal, command: str, file: str | Path, said: str
 ):
     assert said in refusal(command, tmp_path / file, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("sam", "like SAM (ViT)"), ("beit3", "like BEiT-3"), ("clip", "like CLIP (transformers)")],
+)
+def test_what_beit3_is_given_instead_is_named(tmp_path: Path, refusal, given: str, said: str):
+    clip = {"text_model.embeddings.token_embedding.weight": np.zeros((2, 2), np.float32)}
+    arrays = clip if given == "clip" else state_dict(given)
+    if given == "beit3":  # of no known size
+        arrays = {key: array for key, array in arrays.items() if ".layers.0." not in key}
+    torch_writer.save(tmp_path / "some.pth", arrays)
+    found = refusal("beit3", tmp_path / "some.pth", tmp_path / "model")
+    assert "is not a BEiT-3 checkpoint of a known size" in found
+    assert f"; it looks {said}" in found
 
 
 def test_truncated_files(tmp_path: Path, refusal, sam: dict[str, np.ndarray]):
@@ -168,6 +185,41 @@ def test_a_config_of_another_model_than_the_weights(
     write_evf_sam(tmp_path / "source", {f"visual_model.{key}": a for key, a in sam.items()})
     said = refusal("evf-sam", tmp_path / "source", tmp_path / "model")
     assert "tensors missing: " in said and "mm_extractor.beit3.text_embed.weight" in said
+    assert "look like" not in said  # what there is, is as it should be
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"visual_model.prompt_encoder.invalid_points.weight": 3}, "visual_model.* look like Eff"),
+        ({"mm_extractor.vilt.embeddings.text_embeddings.word_embeddings.weight": 3}, "like ViLT"),
+        ({"text_model.embeddings.token_embedding.weight": 3}, "it looks like CLIP (transformers)"),
+    ],
+)
+def test_a_config_beside_weights_of_another_family(
+    tmp_path: Path, refusal, tensors: dict[str, int], said: str
+):
+    arrays = {name: np.zeros(length, np.float32) for name, length in tensors.items()}
+    write_evf_sam(tmp_path / "source", arrays)
+    assert said in refusal("evf-sam", tmp_path / "source", tmp_path / "model")
+
+
+def test_weights_of_another_released_model_are_named():
+    files = {
+        "evf-sam": GOLDEN / "evf_sam" / "evf_sam.manifest.json",
+        "evf-sam2": GOLDEN / "evf_sam2" / "evf_sam2.manifest.json",
+        "evf-effi-sam-tiny": GOLDEN / "evf_effisam" / "evf_effisam_b.manifest.json",
+    }
+    shapes = {
+        variant: {key: tuple(shape) for key, shape in json.loads(file.read_text()).items()}
+        for variant, file in files.items()
+    }
+    for variant, found in shapes.items():
+        assert evf_sam.other_model(found, found) == ""
+        others = [expected for other, expected in shapes.items() if other != variant]
+        for expected in others:
+            said = evf_sam.other_model(found, expected)
+            assert said == f"; they look like those of {variant}"
 
 
 @pytest.mark.parametrize(
