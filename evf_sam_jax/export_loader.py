@@ -3,7 +3,8 @@
     python EXPORT_DIR --image cat.jpg --text "the cat on the left" --out out/cat
 
 A copy of this file travels in each export directory, with copies of the files that read images and
-tokenize phrases. There it needs jax, numpy, flatbuffers, pillow, sentencepiece and safetensors.
+tokenize phrases. There it needs jax, numpy, flatbuffers, pillow, safetensors and sentencepiece, or
+tokenizers for CLIP and ViLT.
 """
 
 import argparse
