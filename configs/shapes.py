@@ -13,7 +13,7 @@ What the paper's tables compare are arguments; benchmarks/ablation_shapes.py run
     early_layers=all|0|1|2|3|4       with early fusion: in how many of the first layers
     readout=image_cls|text_cls|image_mean|concat
                                      the prompt feature (Table 5); by default image_cls with early
-                                     fusion, concat with late, text_cls with text alone
+                                     fusion, concat with late or in 0 layers, text_cls with text
     concat=channels|tokens           how two features become prompts
     train_encoder, train_mask_decoder, train_prompt_encoder=true|false
                                      in the second stage (Table 4); of the prompt encoder that is
@@ -66,6 +66,10 @@ def get_config(argument: str | None = None) -> ConfigDict:
             "config arguments 'pretrain_steps' and 'steps': expected 0 or more, and not 0 for "
             f"both, found {stages['pretrain']} and {stages['referring']}"
         )
+    readout = arguments["readout"]
+    if readout == "usual":
+        apart = fusion == "early" and arguments["early_layers"] == 0
+        readout = READOUTS["late" if apart else fusion]
     config = ConfigDict()
     config.seed = arguments["seed"]
     config.log_every = 50
@@ -85,7 +89,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         max_text_positions=32,
         fusion=fusion,
         early_layers=None if arguments["early_layers"] == "all" else arguments["early_layers"],
-        readout=READOUTS[fusion] if arguments["readout"] == "usual" else arguments["readout"],
+        readout=readout,
         concat=arguments["concat"],
         init_stddev=0.19,
         dtype="float32",

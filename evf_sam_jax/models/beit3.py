@@ -62,7 +62,8 @@ class Beit3Config:
       fusion: `early`: all tokens attend to each other; `late`: each modality to itself; `text`:
         there is no image.
       early_layers: with early fusion, in how many of the first layers the modalities attend to each
-        other (paper Table 3, "L1-12"); None: in all of them. 0 equals late fusion.
+        other (paper Table 3, "L1-12"); None: in all of them. 0 equals late fusion, read-outs
+        included.
       readout: the prompt feature: the image [CLS] token (the released models), the text's `<s>`,
         the mean of the patch tokens, or image [CLS] and `<s>` concatenated.
       concat: along channels into one prompt token, or as two tokens; the paper does not say.
@@ -93,7 +94,7 @@ class Beit3Config:
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
-        check_fusion_and_readout(self, READOUTS)
+        check_fusion_and_readout(self, READOUTS, self.early_layers)
         check_early_layers(self.early_layers, self.fusion, self.layers)
         check_multiple(self, "encoder", "width", "heads")
         check_multiple(self, "encoder", "image_size", "patch_size")

@@ -42,16 +42,23 @@ def check_multiple(config: Any, where: str, name: str, divisor_name: str) -> Non
         )
 
 
-def check_fusion_and_readout(config: Any, readouts: Mapping[str, tuple[str, ...]]) -> None:
+def check_fusion_and_readout(
+    config: Any, readouts: Mapping[str, tuple[str, ...]], early_layers: int | None = None
+) -> None:
     """Raises UserError unless an encoder knows its fusion, and what is read out is there with it.
 
     Args:
       config: of an encoder, with `fusion`, `readout` and `concat`.
       readouts: of each fusion that the encoder can do.
+      early_layers: in how many layers image and text meet; None: as the fusion says. In none of
+        them, what can be read out is that of late fusion.
     """
     check_choice("encoder.fusion", config.fusion, tuple(readouts))
+    apart = config.fusion == "early" and early_layers == 0
     check_choice(
-        f"encoder.readout with {config.fusion} fusion", config.readout, readouts[config.fusion]
+        f"encoder.readout with {config.fusion} fusion" + apart * " in no layer",
+        config.readout,
+        readouts["late" if apart else config.fusion],
     )
     check_choice("encoder.concat", config.concat, ("channels", "tokens"))
 

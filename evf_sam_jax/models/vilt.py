@@ -61,7 +61,7 @@ class ViltConfig:
       fusion: `early`: all tokens attend to each other; `late`: each modality to itself; `text`:
         there is no image.
       early_layers: with early fusion, in how many of the first layers the modalities attend to each
-        other; None: in all of them. 0 equals late fusion.
+        other; None: in all of them. 0 equals late fusion, read-outs included.
       readout: the prompt feature: the text's [CLS] (the default, as the one token that pretraining
         read out), the image's [CLS], tanh(Linear(the text's [CLS])) with the pretrained layer, the
         mean of the patches, or the image's [CLS] and the text's concatenated.
@@ -96,7 +96,7 @@ class ViltConfig:
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
-        check_fusion_and_readout(self, READOUTS)
+        check_fusion_and_readout(self, READOUTS, self.early_layers)
         check_early_layers(self.early_layers, self.fusion, self.layers)
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "pad"))
         check_multiple(self, "encoder", "width", "heads")

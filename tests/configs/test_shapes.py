@@ -29,7 +29,7 @@ def test_rules_cover_the_model(fusion: str):
     ("argument", "changed"),
     [
         ("", {"readout": "image_cls", "early_layers": None}),
-        ("early_layers=0", {"early_layers": 0}),
+        ("early_layers=0", {"early_layers": 0, "readout": "concat"}),
         ("early_layers=2,readout=image_mean", {"early_layers": 2, "readout": "image_mean"}),
         ("fusion=late", {"readout": "concat", "concat": "channels"}),
         ("fusion=late,concat=tokens", {"readout": "concat", "concat": "tokens"}),

@@ -62,7 +62,7 @@ def our_outputs(encoder: Beit3Config) -> dict[str, np.ndarray]:
 def test_fusion_in_no_layer_equals_each_modality_alone(name: str) -> None:
     config, params = model(beit3_cases.CONFIGS[name])
     given = beit3_cases.inputs(config.encoder)
-    apart = dataclasses.replace(config.encoder, early_layers=0)
+    apart = dataclasses.replace(config.encoder, early_layers=0, readout="concat")
     found = tokens(dataclasses.replace(config, encoder=apart), params, given, "early")
     for ours, alone in zip(found, tokens(config, params, given, "late"), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=0, atol=1e-6 * np.abs(alone).max())
@@ -74,7 +74,7 @@ def test_each_fused_layer_counts_and_all_of_them_are_early_fusion() -> None:
     layers = config.encoder.layers
 
     def image_tokens(early_layers: int | None) -> np.ndarray:
-        encoder = dataclasses.replace(config.encoder, early_layers=early_layers)
+        encoder = dataclasses.replace(config.encoder, early_layers=early_layers, readout="text_cls")
         chosen = dataclasses.replace(config, encoder=encoder)
         return np.asarray(tokens(chosen, params, given, "early")[0])
 
@@ -251,6 +251,8 @@ def test_concatenation_as_tokens_gives_each_feature_a_prompt_of_its_own() -> Non
         (dict(fusion="late", readout="concat", early_layers=1), "with late fusion: expected None"),
         (dict(early_layers=4), "expected None or a number from 0 to 3, found 4"),
         (dict(early_layers=True), "found True"),
+        (dict(early_layers=0), "early fusion in no layer: expected concat or text_cls, found 'ima"),
+        (dict(early_layers=0, readout="image_mean"), "in no layer: .* found 'image_mean'"),
         (dict(fusion="text"), "readout with text fusion: expected text_cls, found 'image_cls'"),
     ],
 )

@@ -244,6 +244,7 @@ def test_parameters_of_the_released_size() -> None:
         ({"fusion": "text", "readout": "concat"}, "encoder.readout with text fusion: expected"),
         ({"fusion": "late", "readout": "concat", "early_layers": 2}, "encoder.early_layers"),
         ({"early_layers": 4}, "encoder.early_layers: expected None or a number from 0 to 3"),
+        ({"early_layers": 0, "readout": "image_cls"}, "with early fusion in no layer: expected co"),
         ({"image_fit": "crop"}, "encoder.image_fit: expected stretch or pad, found 'crop'"),
         ({"concat": "both"}, "encoder.concat: expected channels or tokens, found 'both'"),
     ],
