@@ -55,8 +55,12 @@ class Checkpoint:
 def open_directory(directory: Path) -> Checkpoint:
     """Opens a Hugging Face model directory's checkpoint: .safetensors or .bin, whole or sharded."""
     if not os.path.isdir(directory):  # Path's own raises for a name that is too long
-        found = "is not a directory" if os.path.exists(directory) else "does not exist"
-        raise UserError(f"{directory} {found}")
+        if os.path.exists(directory):
+            raise UserError(
+                f"{directory}: expected the directory with config.json and the weights, found a "
+                "file"
+            )
+        raise UserError(f"{directory} does not exist")
     for name in _DIRECTORY_FILES:
         path = directory / name
         if path.exists():
@@ -71,6 +75,8 @@ def open_file(path: Path, wrapped_in: str | None = None) -> Checkpoint:
       path: the file.
       wrapped_in: the state dict is this entry of the saved dictionary, if the dictionary has it.
     """
+    if os.path.isdir(path):
+        raise UserError(f"{path}: expected the file of the checkpoint, found a directory")
     if path.suffix == ".safetensors":
         return Checkpoint(_open_safetensors(path), (path,))
     content = read_torch_file(path)

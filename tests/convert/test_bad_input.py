@@ -62,7 +62,10 @@ def test_a_dictionary_of_other_things_is_no_state_dict():
         ("sam", GOLDEN / "dtypes.pth", "found 17 tensors, 0 blocks"),
         ("sam", Path(__file__), "not a PyTorch checkpoint"),
         ("evf-sam", "missing", "does not exist"),
-        ("evf-sam", GOLDEN / "module.pth", "is not a directory"),
+        ("evf-sam", GOLDEN / "module.pth", "expected the directory with config.json and the wei"),
+        ("vilt", GOLDEN / "module.pth", "expected the directory with config.json and the weights"),
+        ("sam2", GOLDEN, "expected the file of the checkpoint, found a directory"),
+        ("beit3", GOLDEN, "expected the file of the checkpoint, found a directory"),
         ("evf-sam", GOLDEN, "has no checkpoint: expected one of model.safetensors"),
     ],
 )
