@@ -13,6 +13,7 @@ Not run on a released model yet: the learning rate, a fifth of the paper's, is a
 from ml_collections import ConfigDict
 
 from configs.arguments import parse_arguments
+from configs.recipe import begun_towers, trainable_rules
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
@@ -53,12 +54,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         prompts="text",
         steps=arguments["steps"],
         batch_size=arguments["batch_size"],
-        trainable=(
-            ("(encoder|projector)/.*", True),
-            ("segmenter/mask_decoder/.*", True),
-            ("segmenter/prompt_encoder/no_mask_embed", True),
-            ("segmenter/.*", False),
-        ),
+        trainable=trainable_rules(begun_towers(arguments)[1]),
         optimizer=dict(
             learning_rate=arguments["learning_rate"], schedule="cosine", warmup_steps=20
         ),

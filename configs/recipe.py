@@ -24,8 +24,8 @@ from evf_sam_jax.model_dir import read_manifest
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.clip import ClipConfig
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
-from evf_sam_jax.models.evf_sam import EvfSamConfig
-from evf_sam_jax.models.families import tower_to_dict
+from evf_sam_jax.models.families import tower_from_dict, tower_to_dict
+from evf_sam_jax.models.interfaces import EncoderConfig, SegmenterConfig
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.models.vilt import ViltConfig
@@ -184,12 +184,13 @@ def make_recipe(
     config.profile_every = 0
 
     # Model: sizes come with the directories; whatever they have not, here the projector, is drawn.
+    begun_encoder, begun_segmenter = begun_towers(arguments)
     encoder = dict(dtype="bfloat16", remat=True, **_encoder_choices(arguments))
     segmenter = dict(dtype="bfloat16", encoder_chunk=1)
     config.init = dict(model=arguments["model"], encoder="", segmenter="", frozen_dtype="bfloat16")
     if arguments["foundations"] == "none":
-        encoder = {**tower_to_dict(ENCODERS[arguments["encoder"]]), **encoder}
-        segmenter = {**tower_to_dict(SEGMENTERS[arguments["segmenter"]]), **segmenter}
+        encoder = {**tower_to_dict(begun_encoder), **encoder}
+        segmenter = {**tower_to_dict(begun_segmenter), **segmenter}
     elif arguments["foundations"]:
         for tower in ("encoder", "segmenter"):
             config.init[tower] = f"{arguments['foundations']}/{arguments[tower]}"
@@ -222,7 +223,13 @@ def make_recipe(
         steps=arguments["steps"],
         batch_size=batch_size,
         accumulate=accumulate,
-        trainable=_trainable(arguments),
+        trainable=trainable_rules(
+            begun_segmenter,
+            encoder=arguments["train_encoder"],
+            mask_decoder=arguments["train_mask_decoder"],
+            prompt_encoder=arguments["train_prompt_encoder"],
+            more=arguments["also_train"],
+        ),
         optimizer=dict(
             learning_rate=1e-4,
             schedule="linear",
@@ -271,6 +278,53 @@ def require_semantic_token(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def begun_towers(arguments: Mapping[str, Any]) -> tuple[EncoderConfig, SegmenterConfig]:
+    """The encoder and the segmenter that a run begins with, as their directories have them.
+
+    With `foundations=none` they are those of the names alone, and so of a directory that cannot be
+    read, which is left to whoever needs it.
+
+    Args:
+      arguments: with `model`, or with `foundations` and the names of two of them.
+    """
+    towers: dict[str, Any] = {}
+    if arguments["model"] == "" and arguments["foundations"] == "none":
+        return ENCODERS[arguments["encoder"]], SEGMENTERS[arguments["segmenter"]]
+    for tower, known in (("encoder", ENCODERS), ("segmenter", SEGMENTERS)):
+        name = arguments.get(tower, next(iter(known)))
+        directory = arguments["model"] or f"{arguments['foundations']}/{name}"
+        try:
+            towers[tower] = tower_from_dict(tower, dict(read_manifest(directory).config[tower]))
+        except (UserError, KeyError):
+            towers[tower] = known[name]
+    return towers["encoder"], towers["segmenter"]
+
+
+def trainable_rules(
+    segmenter: SegmenterConfig,
+    *,
+    encoder: bool = True,
+    mask_decoder: bool = True,
+    prompt_encoder: bool = True,
+    more: str = "",
+) -> tuple[tuple[str, bool], ...]:
+    """What is trained of a model with this segmenter; the projector always is.
+
+    Args:
+      prompt_encoder: all that the original's `train_prompt_encoder` trains: 256 numbers, which a
+        segmenter adds to an image where there is no mask prompt. One without mask prompts has none.
+      more: regex over '/'-paths of what is trained besides.
+    """
+    # Of SAM-2, what the decoder adds of finer features is computed once an image.
+    decoder = ["segmenter/mask_decoder/.*", *filter(None, [segmenter.finishing])]
+    rules = [(more, True)] if more else []
+    rules += [("encoder/.*", encoder), ("projector/.*", True)]
+    rules += [(pattern, mask_decoder) for pattern in decoder]
+    if segmenter.mask_prompts:
+        rules.append(("segmenter/prompt_encoder/no_mask_embed", prompt_encoder))
+    return (*rules, ("segmenter/.*", False))
+
+
 def _encoder_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the encoder's configuration that are asked to be other than they are."""
     chosen = {
@@ -307,38 +361,3 @@ def _evaluation_datasets(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         if name is not None
         for split in _EVALUATION_SPLITS[name]
     ]
-
-
-def _trainable(arguments: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
-    more, train_prompts = arguments["also_train"], arguments["train_prompt_encoder"]
-    return (
-        *(((more, True),) if more else ()),
-        ("encoder/.*", arguments["train_encoder"]),
-        ("projector/.*", True),
-        # Of SAM-2, what the decoder adds of finer features is computed once an image.
-        (
-            "segmenter/(mask_decoder|image_encoder/neck/conv_s[01])/.*",
-            arguments["train_mask_decoder"],
-        ),
-        # All that the original's `train_prompt_encoder` trains: 256 numbers.
-        *(
-            [("segmenter/prompt_encoder/no_mask_embed", train_prompts)]
-            if _has_dense(arguments)
-            else []
-        ),
-        ("segmenter/.*", False),
-    )
-
-
-def _has_dense(arguments: Mapping[str, Any]) -> bool:
-    """Whether the segmenter adds something to the image where there is no mask prompt.
-
-    A model directory that cannot be read is left to whoever needs it.
-    """
-    segmenter = SEGMENTERS[arguments["segmenter"]]
-    if arguments["model"]:
-        try:
-            segmenter = EvfSamConfig.from_dict(read_manifest(arguments["model"]).config).segmenter
-        except UserError:
-            return True
-    return segmenter.mask_prompts

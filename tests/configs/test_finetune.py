@@ -18,8 +18,12 @@ from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import DatasetConfig, experiment_from_dict
 from evf_sam_jax.model_dir import Manifest, load_params, path_leaves, write_model_dir
-from evf_sam_jax.models.evf_sam import init_params
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
+from evf_sam_jax.models.evf_sam import init_params, param_shapes
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.train import train
+from evf_sam_jax.train_state import split_params
 from evf_sam_jax.training_data import open_source
 from tests.data_pipelines.astronaut import OBJECTS, write_astronaut
 from tests.evf_sam_jax.tiny_experiment import MODEL
@@ -230,6 +234,36 @@ def test_a_weight_that_is_not_above_zero(directories, tmp_path: Path, weight: fl
     values["data"]["train"][0]["weight"] = weight
     with pytest.raises(UserError, match="expected weights above 0"):
         train(experiment_from_dict(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "trained"),
+    [
+        (SamConfig.tiny(), {"mask_decoder", "prompt_encoder/no_mask_embed"}),
+        (
+            Sam2Config.tiny(),
+            {
+                "mask_decoder",
+                "image_encoder/neck/conv_s0",
+                "image_encoder/neck/conv_s1",
+                "prompt_encoder/no_mask_embed",
+            },
+        ),
+        (EfficientSamConfig.tiny(), {"mask_decoder"}),
+    ],
+    ids=["sam", "sam2", "efficient_sam"],
+)
+def test_of_every_segmenter_the_decoder_is_trained(tmp_path: Path, segmenter, trained: set[str]):
+    model = dataclasses.replace(MODEL, segmenter=segmenter)
+    manifest = Manifest(variant="tiny", config=model.to_dict())
+    (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    config = experiment_from_dict(get_config(f"model={tmp_path},data=there").to_dict())
+    params, _ = split_params(param_shapes(config.model), config.stages[0].trainable)
+    paths = {path.removeprefix("segmenter/") for path in path_leaves(params)}
+    assert {path.split("/")[0] for path in paths} > {"encoder", "projector"}
+    rest = {path for path in paths if not path.startswith(("encoder/", "projector/"))}
+    assert all(path.startswith(tuple(trained)) for path in rest)
+    assert all(any(path.startswith(name) for path in rest) for name in trained)
 
 
 def test_model_and_data_must_be_given():
