@@ -15,7 +15,7 @@ Differences:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -43,7 +43,7 @@ from evf_sam_jax.models.layers import (
 
 Fusion = Literal["text", "late", "early"]
 Readout = Literal["image_cls", "text_cls", "image_mean", "concat"]
-# What can be read out: only what the phrase has reached.
+# What can be read out: only what the phrase has reached; the usual one first.
 READOUTS = {
     "early": ("image_cls", "text_cls", "image_mean", "concat"),
     "late": ("concat", "text_cls"),
@@ -89,12 +89,13 @@ class Beit3Config:
     remat: bool | str = False
 
     family: ClassVar[str] = "beit3"
+    readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
     attention_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
-        check_fusion_and_readout(self, READOUTS, self.early_layers)
+        check_fusion_and_readout(self, self.readouts, self.early_layers)
         check_early_layers(self.early_layers, self.fusion, self.layers)
         check_multiple(self, "encoder", "width", "heads")
         check_multiple(self, "encoder", "image_size", "patch_size")

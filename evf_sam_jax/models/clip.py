@@ -13,6 +13,7 @@ Differences:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -36,7 +37,8 @@ from evf_sam_jax.models.layers import (
 )
 from evf_sam_jax.models.pre_norm import ACTIVATIONS, PreNormConfig, stacked
 
-# The towers never see each other, so only what comes from the text, or both, depends on the phrase.
+# The towers never see each other, so only what comes from the text, or both, depends on the phrase;
+# the usual one first.
 READOUTS = {"late": ("concat", "text_eos"), "text": ("text_eos",)}
 
 LAYER_NORM_EPSILON = 1e-5
@@ -83,13 +85,14 @@ class ClipConfig:
     remat: bool | str = False
 
     family: ClassVar[str] = "clip"
+    readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
     attention_map: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
         check_choice("encoder.activation", self.activation, ACTIVATIONS)
-        check_fusion_and_readout(self, READOUTS)
+        check_fusion_and_readout(self, self.readouts)
         check_choice("encoder.projected", self.projected, (False, True))
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "crop"))
         for name, divisor in (

@@ -4,6 +4,7 @@ Everything is [b, k, ...]: b images with k prompts (phrases) each. Only encoders
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -76,6 +77,7 @@ class EncoderConfig(Protocol):
     Attributes:
       family: its name in `families.ENCODERS`.
       image_kind: how the host prepares its image, one of `data_pipelines.tower_images.ENCODER`.
+      readouts: what can be read out with each fusion that it can do, the usual one first.
       attention_map: whether `evf_sam.image_cls_attention` can show where it looks.
       image_size: side of that image; of one that is padded, what its shorter side becomes.
       fusion: how image and text meet; "text": there is no image.
@@ -90,6 +92,7 @@ class EncoderConfig(Protocol):
     """
 
     family: ClassVar[str]
+    readouts: ClassVar[Mapping[str, tuple[str, ...]]]
     attention_map: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -15,6 +15,7 @@ Differences:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -39,7 +40,7 @@ from evf_sam_jax.models.layers import (
 )
 from evf_sam_jax.models.pre_norm import PreNormConfig, stacked
 
-# What can be read out: only what the phrase has reached.
+# What can be read out: only what the phrase has reached; the usual one first.
 READOUTS = {
     "early": ("text_cls", "image_cls", "pooler", "image_mean", "concat"),
     "late": ("concat", "text_cls", "pooler"),
@@ -91,12 +92,13 @@ class ViltConfig:
     remat: bool | str = False
 
     family: ClassVar[str] = "vilt"
+    readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
     attention_map: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
         check_values(self, "encoder")
-        check_fusion_and_readout(self, READOUTS, self.early_layers)
+        check_fusion_and_readout(self, self.readouts, self.early_layers)
         check_early_layers(self.early_layers, self.fusion, self.layers)
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "pad"))
         check_multiple(self, "encoder", "width", "heads")
