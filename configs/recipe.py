@@ -66,7 +66,7 @@ SEGMENTERS = {
     "efficient_sam_vits": EfficientSamConfig.vits(),
     "efficient_sam_vitt": EfficientSamConfig.vitt(),
 }
-# Arguments that leave something as the encoder or model is, or fuse in all layers.
+# Arguments that leave something as the encoder or model is, and that fuse in all layers.
 _AS_IT_IS, _ALL = "as_it_is", "all"
 
 _ARGUMENTS: dict[str, Any] = dict(
@@ -77,9 +77,11 @@ _ARGUMENTS: dict[str, Any] = dict(
     segmenter=tuple(SEGMENTERS),
     model="",
     # How the encoder fuses image and text, what is read out of it, and how it is projected: what
-    # the paper's Tables 3 and 5 compare. configs/ablations.py has their rows.
+    # the paper's Tables 3 and 5 compare. configs/ablations.py has their rows. Where images and
+    # words meet in another way than they did, the read-out is by default what is usual with it:
+    # `concat` with late fusion, the text's token with text alone.
     fusion=(_AS_IT_IS, "early", "late", "text"),
-    early_layers=_ALL,
+    early_layers=_AS_IT_IS,  # or "all", or a number of the first ones; of early fusion alone
     readout=(
         _AS_IT_IS,
         "image_cls",
@@ -92,6 +94,9 @@ _ARGUMENTS: dict[str, Any] = dict(
     concat=(_AS_IT_IS, "channels", "tokens"),
     projected=(_AS_IT_IS, "true", "false"),
     projector_width=0,
+    # How an image becomes the encoder's: all of it as a square, CLIP's own centre crop, or ViLT's
+    # own padding.
+    image_fit=(_AS_IT_IS, "stretch", "crop", "pad"),
     # Of preprocessing and decoding; by default that of `model`, and for new ones the current one.
     profile=(_AS_IT_IS, "current", "legacy"),
     # Data: the folder that holds `refer_seg`, or what `data_pipelines.prepare` wrote.
@@ -185,7 +190,8 @@ def make_recipe(
 
     # Model: sizes come with the directories; whatever they have not, here the projector, is drawn.
     begun_encoder, begun_segmenter = begun_towers(arguments)
-    encoder = dict(dtype="bfloat16", remat=True, **_encoder_choices(arguments))
+    choices = _encoder_choices(arguments, begun_encoder)
+    encoder = dict(dtype="bfloat16", remat=True, **choices)
     segmenter = dict(dtype="bfloat16", encoder_chunk=1)
     config.init = dict(model=arguments["model"], encoder="", segmenter="", frozen_dtype="bfloat16")
     if arguments["foundations"] == "none":
@@ -325,23 +331,37 @@ def trainable_rules(
     return (*rules, ("segmenter/.*", False))
 
 
-def _encoder_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _encoder_choices(arguments: Mapping[str, Any], begun: EncoderConfig) -> dict[str, Any]:
     """Fields of the encoder's configuration that are asked to be other than they are."""
     chosen = {
         key: arguments[key]
-        for key in ("fusion", "readout", "concat")
+        for key in ("fusion", "readout", "concat", "image_fit")
         if arguments[key] != _AS_IT_IS
     }
     if arguments["projected"] != _AS_IT_IS:
         chosen["projected"] = arguments["projected"] == "true"
-    layers = arguments["early_layers"]
-    if layers != _ALL:
-        if not layers.isdecimal():
-            raise ValueError(
-                f"config argument 'early_layers': expected {_ALL} or a number, found {layers!r}"
-            )
+    fusion, layers = chosen.get("fusion", begun.fusion), arguments["early_layers"]
+    if layers not in (_AS_IT_IS, _ALL) and not layers.isdecimal():
+        raise ValueError(
+            f"config argument 'early_layers': expected {_AS_IT_IS}, {_ALL} or a number, "
+            f"found {layers!r}"
+        )
+    if layers == _ALL:
+        chosen["early_layers"] = None
+    elif layers != _AS_IT_IS:
         chosen["early_layers"] = int(layers)
+    elif fusion != "early" and hasattr(begun, "early_layers"):
+        chosen["early_layers"] = None  # the number of another fusion
+    before = _meeting(begun.fusion, getattr(begun, "early_layers", None))
+    after = _meeting(fusion, chosen.get("early_layers", getattr(begun, "early_layers", None)))
+    if after != before and "readout" not in chosen and after in begun.readouts:
+        chosen["readout"] = begun.readouts[after][0]
     return chosen
+
+
+def _meeting(fusion: str, early_layers: int | None) -> str:
+    """How images and words meet: early fusion in no layer is late."""
+    return "late" if fusion == "early" and early_layers == 0 else fusion
 
 
 def _split_by(arguments: Mapping[str, Any], family: str) -> str | None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -337,6 +338,68 @@ def test_a_run_can_begin_with_a_whole_model(full_size: Path, tmp_path: Path):
     experiment = experiment_from_dict(config.to_dict())
     assert experiment.model.encoder.width == Beit3Config.base().width
     assert (experiment.init.model, experiment.init.encoder) == (str(tmp_path), "")
+
+
+def encoder_of(arguments: str) -> Any:
+    values = refcoco.get_config(f"data=there,{arguments}").to_dict()
+    return experiment_from_dict(values).model.encoder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("fusion=late", {"fusion": "late", "readout": "concat"}),
+        ("fusion=late,readout=text_cls", {"fusion": "late", "readout": "text_cls"}),
+        ("fusion=text", {"fusion": "text", "readout": "text_cls"}),
+        ("early_layers=0", {"early_layers": 0, "readout": "concat"}),
+        ("early_layers=12", {"early_layers": 12, "readout": "image_cls"}),
+        ("early_layers=all", {"early_layers": None, "readout": "image_cls"}),
+        ("encoder=vilt_b32", {"readout": "text_cls", "image_fit": "stretch"}),
+        ("encoder=vilt_b32,fusion=late,image_fit=pad", {"readout": "concat", "image_fit": "pad"}),
+        ("encoder=clip_l14,fusion=text", {"fusion": "text", "readout": "text_eos"}),
+        ("encoder=clip_l14,image_fit=crop", {"readout": "concat", "image_fit": "crop"}),
+    ],
+)
+def test_the_usual_is_read_out_of_each_fusion(arguments: str, expected: dict):
+    encoder = encoder_of(f"foundations=none,{arguments}")
+    assert {key: getattr(encoder, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", ("early", 12, "text_cls")),
+        ("early_layers=all", ("early", None, "text_cls")),
+        ("early_layers=as_it_is,readout=image_mean", ("early", 12, "image_mean")),
+        ("fusion=late", ("late", None, "concat")),
+        ("fusion=text,early_layers=all", ("text", None, "text_cls")),
+        ("fusion=early,early_layers=3", ("early", 3, "text_cls")),
+    ],
+)
+def test_what_a_model_has_chosen_can_be_undone(tmp_path: Path, arguments: str, expected: tuple):
+    model = RELEASED["evf-sam-base"]
+    encoder = dataclasses.replace(model.encoder, early_layers=12, readout="text_cls")
+    config = dataclasses.replace(model, encoder=encoder).to_dict()
+    manifest = Manifest(variant="evf-sam-base", config=config)
+    (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    found = encoder_of(f"model={tmp_path},{arguments}")
+    assert (found.fusion, found.early_layers, found.readout) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("early_layers=x", "'early_layers': expected as_it_is, all or a number, found 'x'"),
+        ("fusion=late,early_layers=3", "early_layers with late fusion: expected None, found 3"),
+        ("early_layers=0,readout=image_cls", "readout with early fusion in no layer: expected"),
+        ("encoder=clip_l14,early_layers=3", "unknown key 'early_layers'"),
+        ("image_fit=crop", "unknown key 'image_fit'"),
+        ("encoder=vilt_b32,image_fit=crop", "encoder.image_fit: expected stretch or pad"),
+    ],
+)
+def test_what_an_encoder_cannot_do_is_refused(arguments: str, message: str):
+    with pytest.raises((UserError, ValueError), match=message):
+        encoder_of(f"foundations=none,{arguments}")
 
 
 def test_directories_of_the_wrong_kind_are_named(full_size: Path):
