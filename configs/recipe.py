@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from configs.arguments import parse_arguments
 from data_pipelines.source import SEMANTIC_PREFIX
-from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tokenizers import SentencePieceTokenizer, load_tokenizer
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.model_dir import read_manifest
 from evf_sam_jax.models.beit3 import Beit3Config
@@ -269,7 +269,8 @@ def make_recipe(
 def require_semantic_token(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError if the tokenizer would spell out `[semantic]`, one token in the original.
 
-    A directory that is not there is left to whoever reads it.
+    Only BEiT-3's can have tokens beside those it was trained with. A directory that is not there is
+    left to whoever reads it.
     """
     directory = arguments["model"] or f"{arguments['foundations']}/{arguments['encoder']}"
     folder = Path(directory) / "tokenizer"
@@ -277,6 +278,11 @@ def require_semantic_token(arguments: Mapping[str, Any]) -> None:
         return
     tokenizer = load_tokenizer(folder)
     token = SEMANTIC_PREFIX.strip()
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise ValueError(
+            f"{folder}: expected a tokenizer that can have the token {token}, as BEiT-3's can, "
+            "found that of an encoder that has no such token: leave out what is prefixed with it"
+        )
     if len(tokenizer.encode(token)) != 3:  # between <s> and </s>
         added = f'{{"{token}": {tokenizer.vocab_size}}}'
         raise ValueError(

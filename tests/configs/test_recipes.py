@@ -402,6 +402,16 @@ def test_what_an_encoder_cannot_do_is_refused(arguments: str, message: str):
         encoder_of(f"foundations=none,{arguments}")
 
 
+def test_an_encoder_that_has_no_semantic_token_is_named(tmp_path: Path):
+    tokenizer = tmp_path / "vilt_b32" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhair\n")
+    arguments = f"foundations={tmp_path},encoder=vilt_b32,data=there"
+    with pytest.raises(ValueError, match="found that of an encoder that has no such token"):
+        semantic_mix.get_config(f"{arguments},prefix=true")
+    semantic_mix.get_config(arguments)
+
+
 def test_directories_of_the_wrong_kind_are_named(full_size: Path):
     config = refcoco.get_config(f"foundations={full_size},data=there")
     config.init.encoder = config.init.segmenter
