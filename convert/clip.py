@@ -24,6 +24,7 @@ from convert.table import (
     weight_and_bias,
 )
 from convert.to_model_dir import Conversion, leaf_shapes
+from data_pipelines.encoder_images import CLIP_NORMALISATIONS
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.clip import ClipConfig
 from evf_sam_jax.models.families import tower_to_dict
@@ -47,6 +48,13 @@ CONFIGS = {
 OPEN_CLIP = "open_"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Where the mean and deviation of images are: file, entry, keys. The first is transformers' since 5,
+# which takes it before the second; each library takes OpenAI's where its file has none.
+_IMAGE_CONFIGS = (
+    ("processor_config.json", "image_processor", ("image_mean", "image_std")),
+    ("preprocessor_config.json", None, ("image_mean", "image_std")),
+    (_OPEN_CLIP_CONFIG, "preprocess_cfg", ("mean", "std")),
+)
 
 
 def table(config: ClipConfig) -> Table:
@@ -184,7 +192,7 @@ _NAMES = {
 
 
 def convert(path: Path) -> Conversion:
-    """Opens a CLIP checkpoint; its size follows from its shapes, its activation from its config.
+    """Opens a CLIP checkpoint; its size follows from its shapes, all else from its configs.
 
     The conversion has both towers with their projections, so that a run can use any part of them.
 
@@ -201,7 +209,11 @@ def convert(path: Path) -> Conversion:
     else:
         source_config = read_json_object(directory / "config.json")
         activation = _transformers_activation(source_config, config, directory / "config.json")
-    config = dataclasses.replace(config, activation=activation)
+    config = dataclasses.replace(config, activation=activation, normalisation="openai")
+    if config.fusion != "text":
+        normalisation, more = _normalisation(directory, prefix == OPEN_CLIP)
+        config = dataclasses.replace(config, normalisation=normalisation)
+        notes += more
     section = {"encoder": tower_to_dict(config)}
     variant = prefix + _name(config)
     return Conversion(
@@ -323,3 +335,65 @@ def _open_clip_activation(directory: Path, path: Path) -> tuple[str, list[str]]:
             f"quick_gelu, found {model!r}"
         )
     return "quick_gelu" if quick else "gelu", []
+
+
+def _normalisation(directory: Path, open_clip: bool) -> tuple[str, list[str]]:
+    """How images are normalised by the configs in the directory, and what to tell of it.
+
+    Args:
+      open_clip: whether the weights are open_clip's, whose config then comes before transformers'.
+    """
+    configs = _IMAGE_CONFIGS[::-1] if open_clip else _IMAGE_CONFIGS
+    found: dict[str, str] = {}
+    for name, entry, keys in configs:
+        path = directory / name
+        if path.exists() and (known := _named(path, entry, keys)):
+            found[name] = known
+    if not found:
+        names = ", ".join(name for name, _, _ in _IMAGE_CONFIGS)
+        return "openai", [
+            f"{directory} says in none of {names} how images are normalised: OpenAI's mean and "
+            "deviation are assumed, which not all weights were trained with"
+        ]
+    first, *others = found
+    notes = [
+        f"mean and deviation of images are those of {first} ({found[first]}), not those of {other} "
+        f"beside it ({found[other]})"
+        for other in others
+        if found[other] != found[first]
+    ]
+    return found[first], notes
+
+
+def _named(path: Path, entry: str | None, keys: tuple[str, str]) -> str | None:
+    """The name of a config's mean and deviation; None if it is not of images."""
+    section = read_json_object(path)
+    if entry is not None:
+        section = section.get(entry)
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: expected an object under {entry}, found {section!r}")
+    given = tuple(
+        section.get(key, default)
+        for key, default in zip(keys, CLIP_NORMALISATIONS["openai"], strict=True)
+    )
+    for name, known in CLIP_NORMALISATIONS.items():
+        if _near(given[0], known[0]) and _near(given[1], known[1]):
+            return name
+    expected = " or ".join(
+        f"{list(mean)} and {list(std)}" for mean, std in CLIP_NORMALISATIONS.values()
+    )
+    raise UserError(
+        f"{path}: expected {' and '.join(keys)} {expected}, found {given[0]!r} and {given[1]!r}"
+    )
+
+
+def _near(given: Any, known: tuple[float, ...]) -> bool:
+    """Whether three numbers are the known ones but for rounding to float32."""
+    return (
+        isinstance(given, list | tuple)
+        and len(given) == len(known)
+        and all(isinstance(one, int | float) for one in given)
+        and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(given, known, strict=True))
+    )

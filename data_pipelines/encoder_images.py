@@ -1,7 +1,8 @@
 """An image as CLIP and ViLT take it: resized by Pillow's bicubic filter, and normalised.
 
 Reference: openai/CLIP at dcba3cb, `clip/clip.py` (`_transform`); dandelin/ViLT,
-`vilt/transforms/pixelbert.py` and `utils.py`; transformers 5.24's image processors of both.
+`vilt/transforms/pixelbert.py` and `utils.py`; transformers 5.24's image processors of both;
+mlfoundations/open_clip at 0134a45, `pretrained.py`, for what the weights of OpenCLIP are given.
 
 Of each there are two ways. The first makes a square of the whole image, whatever its sides, as
 EVF-SAM does with BEiT-3's image: what a phrase means can be at an edge. The second is the
@@ -19,6 +20,11 @@ from PIL import Image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VILT_MEAN = VILT_STD = (0.5, 0.5, 0.5)
+# Mean and deviation by the names that `ClipConfig.normalisation` knows.
+CLIP_NORMALISATIONS = {
+    "openai": (CLIP_MEAN, CLIP_STD),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 CROP_LONGEST = 16
 
@@ -28,21 +34,21 @@ VILT_LONGER = 1333 / 800
 
 
 def clip_input(
-    image: UInt8[np.ndarray, "h w 3"], size: int = 224
+    image: UInt8[np.ndarray, "h w 3"], size: int = 224, normalisation: str = "openai"
 ) -> Float32[np.ndarray, "size size 3"]:
     """CLIP's image, the whole of it stretched to a square."""
-    return _normalize(_resize(image, size, size), CLIP_MEAN, CLIP_STD)
+    return _normalize(_resize(image, size, size), *CLIP_NORMALISATIONS[normalisation])
 
 
 def clip_crop_input(
-    image: UInt8[np.ndarray, "h w 3"], size: int = 224
+    image: UInt8[np.ndarray, "h w 3"], size: int = 224, normalisation: str = "openai"
 ) -> Float32[np.ndarray, "size size 3"]:
     """CLIP's own: the shorter side becomes `size`, and of the longer one the middle is taken."""
     shorter = min(image.shape[:2])
     height, width = (min(side, CROP_LONGEST * shorter) for side in image.shape[:2])
     image = _middle(image, height, width)
     resized = _resize(image, int(size * height / shorter), int(size * width / shorter))
-    return _normalize(_middle(resized, size, size), CLIP_MEAN, CLIP_STD)
+    return _normalize(_middle(resized, size, size), *CLIP_NORMALISATIONS[normalisation])
 
 
 def vilt_input(

@@ -1,6 +1,7 @@
 """An image as the two towers of a model take it, whatever families they are of."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,8 @@ ENCODER: dict[str, EncoderImage] = {
     "beit3": encoder_input,
     "clip": clip_input,
     "clip_crop": clip_crop_input,
+    "clip_inception": functools.partial(clip_input, normalisation="inception"),
+    "clip_crop_inception": functools.partial(clip_crop_input, normalisation="inception"),
     "vilt": vilt_input,
     "vilt_pad": vilt_pad_input,
 }

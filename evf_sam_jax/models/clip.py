@@ -60,6 +60,8 @@ class ClipConfig:
         be of one width.
       image_fit: `stretch` (the default): the whole image becomes a square, as the released EVF-SAM
         does with BEiT-3's; `crop`: CLIP's own centre crop, which can cut off what a phrase means.
+      normalisation: which mean and deviation the image has: `openai`, the statistics of OpenAI's
+        data, which most weights need; or `inception`, 0.5 for both, which `l14` was trained with.
       dtype: of activations and matrix products.
       remat: what the backward pass recomputes of each layer, see `REMAT`.
     """
@@ -81,6 +83,7 @@ class ClipConfig:
     projected: bool = True
     concat: str = "channels"
     image_fit: str = "stretch"
+    normalisation: str = "openai"
     dtype: str = "bfloat16"
     remat: bool | str = False
 
@@ -95,6 +98,7 @@ class ClipConfig:
         check_fusion_and_readout(self, self.readouts)
         check_choice("encoder.projected", self.projected, (False, True))
         check_choice("encoder.image_fit", self.image_fit, ("stretch", "crop"))
+        check_choice("encoder.normalisation", self.normalisation, ("openai", "inception"))
         for name, divisor in (
             ("text_width", "text_heads"),
             ("vision_width", "vision_heads"),
@@ -110,11 +114,14 @@ class ClipConfig:
     @classmethod
     def l14_openai(cls) -> "ClipConfig":
         """ViT-L/14 as OpenAI trained it (`openai/clip-vit-large-patch14`)."""
-        return dataclasses.replace(cls.l14(), activation="quick_gelu")
+        return dataclasses.replace(cls.l14(), activation="quick_gelu", normalisation="openai")
 
     @classmethod
     def l14(cls) -> "ClipConfig":
-        """ViT-L/14 as OpenCLIP trained it (`laion/CLIP-ViT-L-14-laion2B-s32B-b82K`)."""
+        """ViT-L/14 as OpenCLIP trained it (`laion/CLIP-ViT-L-14-laion2B-s32B-b82K`).
+
+        Its normalisation: mlfoundations/open_clip at 0134a45, `pretrained.py`.
+        """
         return cls(
             text_width=768,
             text_heads=12,
@@ -124,6 +131,7 @@ class ClipConfig:
             vision_layers=24,
             projection_width=768,
             activation="gelu",
+            normalisation="inception",
         )
 
     @classmethod
@@ -162,7 +170,8 @@ class ClipConfig:
     @property
     def image_kind(self) -> str:
         """How the host prepares the image, see `data_pipelines.tower_images.ENCODER`."""
-        return {"stretch": "clip", "crop": "clip_crop"}[self.image_fit]
+        kind = {"stretch": "clip", "crop": "clip_crop"}[self.image_fit]
+        return kind if self.normalisation == "openai" else f"{kind}_{self.normalisation}"
 
     @property
     def width(self) -> int:
@@ -246,7 +255,7 @@ class Clip(nn.Module):
         """Returns the prompt features of each phrase with its image, as `readout` says.
 
         Args:
-          encoder_image: normalised with CLIP's mean and deviation; looked at with late fusion only.
+          encoder_image: normalised as the configuration says; looked at with late fusion only.
           text_ids: right-padded. No token sees what comes after it, so padding changes nothing.
           text_valid: false at padding; the vector is read at the last token where it is true.
           image_valid: for encoders whose images differ in size; here all of an image counts.

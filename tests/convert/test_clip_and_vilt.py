@@ -17,11 +17,12 @@ from convert import clip, vilt
 from convert.__main__ import main
 from convert.table import make_plan
 from convert.to_model_dir import leaf_shapes
+from data_pipelines.encoder_images import CLIP_NORMALISATIONS
 from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax import model_dir
 from evf_sam_jax.errors import run_command
 from evf_sam_jax.models.clip import Clip, ClipConfig
-from evf_sam_jax.models.families import tower_to_dict
+from evf_sam_jax.models.families import tower_from_dict, tower_to_dict
 from evf_sam_jax.models.vilt import Vilt, ViltConfig
 from tests.convert import torch_writer
 from tests.parity import clip_cases, vilt_cases
@@ -193,6 +194,71 @@ def test_the_config_beside_open_clips_file_says_which_gelu(tmp_path: Path, capsy
     assert encoder["activation"] == "quick_gelu"
 
 
+OPENAI, HALF = [list(one) for one in CLIP_NORMALISATIONS["openai"]], [[0.5] * 3] * 2
+
+
+def of_transformers(mean: list[float], std: list[float]) -> dict:
+    return {"image_mean": mean, "image_std": std}
+
+
+def of_open_clip(mean: list[float], std: list[float]) -> dict:
+    return {"model_cfg": {}, "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash"}}
+
+
+@pytest.mark.parametrize(
+    "names, files, expected, told",
+    [
+        ("hf", {}, "openai", "says in none of"),
+        ("hf", {"preprocessor": of_transformers(*HALF)}, "inception", None),
+        ("hf", {"preprocessor": of_transformers(*OPENAI)}, "openai", None),
+        ("hf", {"preprocessor": {"crop_size": 224}}, "openai", None),
+        ("hf", {"processor": {"image_processor": of_transformers(*HALF)}}, "inception", None),
+        (
+            "hf",
+            {"processor": {"processor_class": "CLIP"}, "preprocessor": of_transformers(*HALF)},
+            "inception",
+            None,
+        ),
+        (
+            "hf",
+            {"preprocessor": of_transformers(*OPENAI), "open_clip": of_open_clip(*HALF)},
+            "openai",
+            "not those of open_clip_config.json beside it (inception)",
+        ),
+        ("open", {"open_clip": of_open_clip(*HALF)}, "inception", None),
+        ("open", {"open_clip": {"model_cfg": {}}}, "openai", "says in none of"),
+        (
+            "open",
+            {"open_clip": of_open_clip(*HALF), "preprocessor": of_transformers(*OPENAI)},
+            "inception",
+            "not those of preprocessor_config.json beside it (openai)",
+        ),
+    ],
+)
+def test_images_are_normalised_as_the_configs_beside_the_weights_say(
+    tmp_path: Path, names: str, files: dict[str, dict], expected: str, told: str | None
+) -> None:
+    source = tmp_path / "source"
+    if names == "hf":
+        write_directory(source, clip_arrays(), CLIP_JSON)
+    else:
+        source.mkdir()
+        arrays = as_open_clip(clip_arrays())
+        safetensors.numpy.save_file(arrays, source / "open_clip_model.safetensors")
+    for name, content in files.items():
+        (source / f"{name}_config.json").write_text(json.dumps(content))
+    conversion = clip.convert(source)
+    assert conversion.config["encoder"]["normalisation"] == expected
+    assert len(conversion.notes) == (told is not None)
+    assert all(told in note for note in conversion.notes if told)
+
+
+def test_a_clip_converted_before_the_normalisation_was_recorded_has_openais() -> None:
+    old = tower_to_dict(ClipConfig.l14_openai())
+    del old["normalisation"]
+    assert tower_from_dict("encoder", old) == ClipConfig.l14_openai()
+
+
 def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """A file of zeros that takes no space: safetensors' header, and a hole for the tensors."""
     header, end = {}, 0
@@ -224,6 +290,9 @@ def test_released_clips_are_recognised(
     write_sparse(tmp_path / "model.safetensors", source)
     towers = {f"{tower}_config": {"hidden_act": config.activation} for tower in ("text", "vision")}
     (tmp_path / "config.json").write_text(json.dumps(towers))
+    if config.normalisation == "inception":
+        half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(half))
     conversion = clip.convert(tmp_path)
     assert conversion.variant == variant
     assert conversion.config == {"encoder": tower_to_dict(config)}
@@ -352,6 +421,22 @@ def test_configs_that_do_not_fit_the_weights(
 ) -> None:
     source = write_directory(tmp_path / "clip", clip_arrays(), CLIP_JSON | changes)
     assert message in refusal("clip", source, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({"image_mean": [0.485, 0.456, 0.406]}, "found [0.485, 0.456, 0.406] and"),
+        ({"image_std": 0.5}, "and 0.5"),
+        ({"image_mean": ["a", 0, 0]}, "found ['a', 0, 0] and"),
+    ],
+)
+def test_a_normalisation_of_other_models(tmp_path: Path, refusal, given: dict, found: str) -> None:
+    source = write_directory(tmp_path / "clip", clip_arrays(), CLIP_JSON)
+    (source / "preprocessor_config.json").write_text(json.dumps(given))
+    said = refusal("clip", source, tmp_path / "model")
+    assert "preprocessor_config.json: expected image_mean and image_std [0.48145466" in said
+    assert found in said
 
 
 def test_a_directory_without_a_config(tmp_path: Path, refusal) -> None:

@@ -1,5 +1,6 @@
 """Images for CLIP and ViLT: what transformers' processors give, and what becomes of odd shapes."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from data_pipelines.encoder_images import (
     CLIP_MEAN,
+    CLIP_NORMALISATIONS,
     CLIP_STD,
     clip_crop_input,
     clip_input,
@@ -14,6 +16,8 @@ from data_pipelines.encoder_images import (
     vilt_pad_input,
     vilt_size,
 )
+from data_pipelines.tower_images import ENCODER
+from evf_sam_jax.models.clip import ClipConfig
 from tests.parity import encoder_image_cases as cases
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,12 +34,12 @@ def ours(name: str) -> np.ndarray:
         return vilt_pad_input(image, cases.VILT_SIZE)[:height, :width, :3]
     if kind == "vilt":
         return vilt_input(image, cases.VILT_SIZE)
-    return {"clip": clip_input, "clip_crop": clip_crop_input}[kind](image, cases.CLIP_SIZE)
+    return ENCODER[kind](image, cases.CLIP_SIZE)
 
 
 def test_equal_to_stored_outputs_of_the_originals() -> None:
     with np.load(GOLDEN / "encoder_images.npz") as golden:
-        assert len(golden.files) == 4 * len(cases.SIZES)
+        assert len(golden.files) == 6 * len(cases.SIZES)
         for name in golden.files:
             found = ours(name)[:: cases.STEP, :: cases.STEP]
             np.testing.assert_allclose(found, golden[name], atol=BAR, err_msg=name)
@@ -56,6 +60,24 @@ def test_an_image_that_fits_is_only_normalised() -> None:
     for prepare in (clip_input, clip_crop_input):
         np.testing.assert_array_equal(grey_levels(prepare(image, 64)), image)
     np.testing.assert_allclose(vilt_input(image, 64), image / 127.5 - 1, atol=1e-6)
+
+
+def test_white_is_one_and_black_minus_one_with_inceptions_normalisation() -> None:
+    image = np.full((40, 60, 3), 255, np.uint8)
+    image[:, 30:] = 0
+    for kind in ("clip_inception", "clip_crop_inception"):
+        found = ENCODER[kind](image, 20)
+        assert (found[:, :5] == 1).all() and (found[:, -5:] == -1).all()
+
+
+@pytest.mark.parametrize("image_fit", ["stretch", "crop"])
+@pytest.mark.parametrize("normalisation", CLIP_NORMALISATIONS)
+def test_every_image_of_clip_can_be_made(image_fit: str, normalisation: str) -> None:
+    tiny = ClipConfig.tiny()
+    config = dataclasses.replace(tiny, image_fit=image_fit, normalisation=normalisation)
+    black = ENCODER[config.image_kind](np.zeros((40, 40, 3), np.uint8), 8)
+    mean, std = (np.asarray(one) for one in CLIP_NORMALISATIONS[normalisation])
+    np.testing.assert_allclose(black[0, 0], -mean / std, rtol=1e-5)
 
 
 def test_the_crop_is_the_middle_and_the_stretch_is_everything() -> None:

@@ -8,9 +8,11 @@ from data_pipelines.encoder_images import CLIP_MEAN, CLIP_STD, VILT_MEAN, VILT_S
 
 # Height and width: landscape, portrait, square, prime, enlarged, and long enough to be bounded.
 # Where three more pixels than a multiple of four are to be cut off, transformers and torchvision,
-# which OpenAI uses, disagree by one; these sizes have none.
-SIZES = ((43, 62), (64, 45), (40, 40), (97, 331), (15, 8), (30, 90))
+# which OpenAI uses, disagree by one; these sizes have none. Nor is there a portrait of which Pillow
+# 13 shrinks the columns first, as it does where that is cheaper: earlier versions round otherwise.
+SIZES = ((43, 62), (64, 48), (40, 40), (97, 331), (15, 8), (30, 90))
 CLIP_SIZE, VILT_SIZE = 32, 96
+INCEPTION = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 STEP = 5  # of a stored image every so manyth row and column is kept
 
 
@@ -34,6 +36,10 @@ def originals() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
             size={"shortest_edge": CLIP_SIZE}, crop_size=side, **clip
         ),
         "clip": CLIPImageProcessorPil(size=side, do_center_crop=False, **clip),
+        "clip_crop_inception": CLIPImageProcessorPil(
+            size={"shortest_edge": CLIP_SIZE}, crop_size=side, **INCEPTION
+        ),
+        "clip_inception": CLIPImageProcessorPil(size=side, do_center_crop=False, **INCEPTION),
         "vilt_pad": ViltImageProcessorPil(size={"shortest_edge": VILT_SIZE}, **vilt),
         # ViLT's has no square; CLIP's with other constants does the same.
         "vilt": CLIPImageProcessorPil(size=square, do_center_crop=False, **vilt),
