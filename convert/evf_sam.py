@@ -33,6 +33,7 @@ _MODELS = {
 _DEFAULTS = {"hidden_size": 768, "out_dim": 256}
 _PREFIXES = {"mm_extractor.": "encoder", "visual_model.": "segmenter"}
 _SEMANTIC = "[semantic]"  # a token of its own in the multi-task models only
+_MULTITASK = "multitask"
 
 
 def table(config: EvfSamConfig) -> Table:
@@ -64,16 +65,13 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
     """Opens an EVF-SAM directory; config.json says which model it is.
 
     Args:
-      profile: of preprocessing and decoding; None: as the released checkpoint needs it.
+      profile: of preprocessing and decoding; None: as the checkpoint needs it.
     """
     checkpoint = open_directory(directory)
     source_config = read_json_object(directory / "config.json")
     variant, config = recognise(source_config, directory / "config.json")
-    notes = ()
-    if _OWN_CONFIG not in source_config:
-        config, notes = in_profile(variant, config, directory, profile)
-    elif profile is not None:
-        config = dataclasses.replace(config, profile=profile)
+    own = _OWN_CONFIG in source_config
+    config, notes = in_profile(variant, config, directory, profile, own)
     conversion = Conversion(
         variant=variant,
         config=config.to_dict(),
@@ -120,29 +118,55 @@ def _tower(shapes: Shapes, prefix: str) -> tuple[str | None, Any]:
 
 
 def in_profile(
-    variant: str, config: EvfSamConfig, directory: Path, asked: str | None
+    variant: str, config: EvfSamConfig, directory: Path, asked: str | None, own: bool = False
 ) -> tuple[EvfSamConfig, tuple[str, ...]]:
     """The configuration in the profile asked for, and what to say of it.
 
     By hustvl/EVF-SAM's README at 9935dc5, the multi-task checkpoints were trained after its commit
     9d00853, which changed how images are stretched and SAM-2 decodes, and the others before it. A
     SAM ViT has one way; checkpoints with EfficientSAM were never released.
+
+    Args:
+      variant: name of the model.
+      config: as config.json describes it.
+      directory: with the tokenizer files.
+      asked: a profile, or None.
+      own: whether config.json holds our configuration, which says the profile.
     """
     if not config.segmenter.stretches:
-        return config, ()
+        if asked in (None, config.profile):
+            return config, ()
+        return config, (f"--profile {asked} changes nothing: for {variant} both mean the same",)
     multitask = _SEMANTIC in read_added_tokens(directory)
-    expected = "legacy" if variant.startswith("evf-sam2") and not multitask else "current"
-    name = f"{variant}-multitask" if multitask else variant
     reason = f"{directory} {'has' if multitask else 'has not'} the token {_SEMANTIC}"
+    legacy = variant.startswith("evf-sam2") and not multitask
+    name = f"{variant}-{_MULTITASK}" if multitask else variant
+    expected = config.profile if own else "legacy" if legacy else "current"
     profile = asked or expected
-    if profile == expected:
-        note = f"profile {profile}, as {name} needs it ({reason}); --profile overrides that"
-    else:
-        note = (
+    doubtful = legacy and not own and _MULTITASK in directory.resolve().name
+    notes = []
+    if profile != expected and own:
+        notes.append(
+            f"profile {profile} as asked for, but {directory / 'config.json'} says that the model "
+            f"was trained with the profile {expected}: expect worse masks"
+        )
+    elif profile != expected and doubtful:
+        notes.append(
+            f"profile {profile} as asked for, and as the directory's name has it ({reason})"
+        )
+    elif profile != expected:
+        notes.append(
             f"profile {profile} as asked for, but the weights look like those of {name} ({reason}),"
             f" which were trained with the profile {expected}: expect worse masks"
         )
-    return dataclasses.replace(config, profile=profile), (note,)
+    elif not own:
+        notes.append(f"profile {profile}, as {name} needs it ({reason}); --profile overrides that")
+        if doubtful:
+            notes.append(
+                f"{directory} is called {_MULTITASK}: if its tokenizer files are not those of the "
+                "weights, these need --profile current"
+            )
+    return dataclasses.replace(config, profile=profile), tuple(notes)
 
 
 def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamConfig]:

@@ -271,7 +271,8 @@ def test_the_config_of_every_released_scale_is_recognised():
         ("evf-sam2", True, "legacy", "legacy", "trained with the profile current: expect worse"),
         ("evf-effi-sam", False, None, "current", "profile current, as evf-effi-sam needs it"),
         ("evf-sam", False, None, "current", None),
-        ("evf-sam", False, "legacy", "current", None),  # a SAM ViT has one way
+        ("evf-sam", False, "current", "current", None),
+        ("evf-sam", False, "legacy", "current", "for evf-sam both mean the same"),
     ],
 )
 def test_the_profile_is_what_the_released_weights_need_or_is_warned_of(
@@ -286,6 +287,34 @@ def test_the_profile_is_what_the_released_weights_need_or_is_warned_of(
     else:
         (note,) = notes
         assert said in note
+
+
+@pytest.mark.parametrize(
+    ("asked", "profile", "warned"),
+    [(None, "legacy", False), ("legacy", "legacy", False), ("current", "current", True)],
+)
+def test_the_profile_of_a_model_trained_here_is_overridden_with_a_warning(
+    tmp_path: Path, asked: str | None, profile: str, warned: bool
+):
+    trained = dataclasses.replace(RELEASED["evf-sam2"], profile="legacy")
+    (tmp_path / "added_tokens.json").write_text('{"[semantic]": 64002}')
+    config, notes = evf_sam.in_profile("evf-sam2", trained, tmp_path, asked, own=True)
+    assert config == dataclasses.replace(trained, profile=profile)
+    assert len(notes) == warned
+    assert all("trained with the profile legacy: expect worse masks" in note for note in notes)
+
+
+def test_a_directory_called_multitask_without_its_tokenizer_is_doubted(tmp_path: Path):
+    directory = tmp_path / "evf-sam2-multitask"
+    directory.mkdir()
+    released = RELEASED["evf-sam2"]
+    config, notes = evf_sam.in_profile("evf-sam2", released, directory, None)
+    assert config.profile == "legacy"
+    assert "these need --profile current" in notes[1]
+    config, (note,) = evf_sam.in_profile("evf-sam2", released, directory, "current")
+    assert config.profile == "current"
+    assert "as the directory's name has it" in note and "worse" not in note
+    assert evf_sam.in_profile("evf-sam", RELEASED["evf-sam"], directory, None)[1] == ()
 
 
 @pytest.mark.parametrize(
