@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
                 help="side of the images that the encoder shall take; another size than the "
                 "checkpoint's interpolates the positions of the patches (bicubic)",
             )
+        if name == "vilt":
+            command.add_argument(
+                "--readout",
+                choices=vilt.READOUTS,
+                default=vilt.READOUTS[0],
+                help="what the encoder gives unless a run asks for something else; the pooler can "
+                "be asked for only where it is said here (default: %(default)s)",
+            )
         _add_target(command)
 
     command = commands.add_parser(
@@ -100,6 +108,8 @@ def _open(args: argparse.Namespace) -> Conversion:
         return evf_sam.convert(args.source, args.profile)
     if args.command == "beit3":
         return beit3.convert(args.source, args.image_size)
+    if args.command == "vilt":
+        return vilt.convert(args.source, args.readout)
     return _TOWERS[args.command][0].convert(args.source)
 
 

@@ -90,16 +90,24 @@ def _layer(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def convert(path: Path) -> Conversion:
+# What a conversion can be asked to read out: the pooler's weights belong to the model, or are kept
+# aside.
+READOUTS = ("text_cls", "pooler")
+
+
+def convert(path: Path, readout: str = READOUTS[0]) -> Conversion:
     """Opens a ViLT directory; its size follows from its shapes.
 
-    The conversion has the pooler where the checkpoint has one, so that a run can read it out.
+    Args:
+      readout: one of `READOUTS`. A run can read out all else of either, but the pooler only where
+        it was asked for here.
     """
     checkpoint = open_directory(path)
     source_config = read_json_object(path / "config.json")
     variant, config = _recognise(checkpoint, path)
-    if _POOLER in checkpoint.tensors:
-        config = dataclasses.replace(config, readout="pooler")
+    if readout == "pooler" and _POOLER not in checkpoint.tensors:
+        raise UserError(f"{path}: expected {_POOLER} for the read-out pooler, found none")
+    config = dataclasses.replace(config, readout=readout)
     found = source_config.get("num_attention_heads", config.heads)
     if found != config.heads:
         raise UserError(

@@ -306,7 +306,8 @@ def test_the_released_vilt_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vilt", "num_attention_heads": 12}')
     conversion = vilt.convert(tmp_path)
     assert conversion.variant == "vilt_b32"
-    assert conversion.config == {"encoder": tower_to_dict(config)}
+    # As a recipe plans it before anything is converted.
+    assert conversion.config == {"encoder": tower_to_dict(ViltConfig.b32())}
 
 
 @pytest.mark.parametrize("with_projection", [True, False])
@@ -325,20 +326,29 @@ def test_the_texts_tower_alone(tmp_path: Path, with_projection: bool) -> None:
     assert_goes_back(tmp_path / "model", tmp_path / "back", arrays)
 
 
-def test_a_vilt_goes_there_and_back(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("readout", [None, "text_cls", "pooler"])
+def test_a_vilt_goes_there_and_back(tmp_path: Path, capsys, readout: str | None) -> None:
     arrays = vilt_arrays()
     source = write_directory(tmp_path / "source", arrays, {"model_type": "vilt"})
-    run("vilt", source, tmp_path / "model")
-    assert "mlm_score.bias is kept aside: predicts masked words" in capsys.readouterr().out
+    run("vilt", source, tmp_path / "model", *(["--readout", readout] if readout else []))
+    said = capsys.readouterr().out
+    assert "mlm_score.bias is kept aside: predicts masked words" in said
+    assert ("vilt.pooler.dense.bias is kept aside: is not read out" in said) != (
+        readout == "pooler"
+    )
     manifest = model_dir.read_manifest(tmp_path / "model")
     assert manifest.variant == "vilt_tiny"
-    assert manifest.config["encoder"] == tower_to_dict(dataclasses.replace(VILT, readout="pooler"))
+    expected = dataclasses.replace(VILT, readout=readout or "text_cls")
+    assert manifest.config["encoder"] == tower_to_dict(expected)
     assert_goes_back(tmp_path / "model", tmp_path / "back", arrays)
 
 
-def test_a_vilt_without_a_pooler_reads_out_the_texts_token(tmp_path: Path) -> None:
+def test_a_vilt_without_a_pooler_cannot_read_it_out(tmp_path: Path, refusal) -> None:
     arrays = {name: one for name, one in vilt_arrays().items() if ".pooler." not in name}
-    run("vilt", write_directory(tmp_path / "source", arrays, {}), tmp_path / "model")
+    source = write_directory(tmp_path / "source", arrays, {})
+    said = refusal("vilt", source, tmp_path / "model", "--readout", "pooler")
+    assert "expected vilt.pooler.dense.weight for the read-out pooler, found none" in said
+    run("vilt", source, tmp_path / "model")
     encoder = model_dir.read_manifest(tmp_path / "model").config["encoder"]
     assert encoder["readout"] == "text_cls"
 
@@ -478,7 +488,8 @@ def test_what_transformers_saves_goes_there_and_back(tmp_path: Path, command: st
         given = vilt_cases.inputs(VILT, vilt_cases.SIZES["square"])
         original = vilt_cases.original(VILT, with_heads=True)
     original.save_pretrained(tmp_path / "source")
-    run(command, tmp_path / "source", tmp_path / "model")
+    options = ["--readout", "pooler"] if command == "vilt" else []
+    run(command, tmp_path / "source", tmp_path / "model", *options)
     encoder = model_dir.load_params(tmp_path / "model")["encoder"]
     module = Clip(config) if command == "clip" else Vilt(config)
     inputs = given.image, given.ids[:, None], given.valid[:, None]
