@@ -4,8 +4,9 @@
         --config configs/ablations.py:table=3,row=beit3_large_late,foundations=FOUNDATIONS,data=DATA
 
 Other arguments are those of configs/refcoco.py (of Table 7: configs/semantic_mix.py), but for what
-the row fixes. `--mode plan` prints our parameters beside the paper's. The paper's cIoU, in percent;
-"-": not available, since the cell could not be read in the sources that this was written from:
+makes the row, and for `model`, since a row begins with foundations. `--mode plan` prints our
+parameters beside the paper's. The paper's cIoU, in percent; "-": not available, since the cell
+could not be read in the sources that this was written from:
 
     table=1                          RefCOCO testA (its LLaVA, 79.1, is LISA-7B's)
       clip_text                      63.4
@@ -54,11 +55,20 @@ the row fixes. `--mode plan` prints our parameters beside the paper's. The paper
       mapillary                      59.6
       both                           76.1
 
-Ours: not run. What the paper leaves open is an argument, with this default: `concat=channels` (one
-prompt token of both features; or `tokens`), `projector_width=0` (a hidden layer as wide as the
-feature, as in the released code), `readout` of CLIP and ViLT (the text's vector, in early fusion of
-ViLT its [CLS]). Where the paper's count of parameters is another than ours, the row says why, and
-`--mode plan` prints it.
+Ours: not run. What the paper leaves open is an argument, with this default:
+
+    concat=channels       one prompt token of both features; or tokens, of each its own
+    projector_width=0     a hidden layer as wide as the feature, as in the released code
+    readout=text_cls      of ViLT, with text alone and early fusion; or pooler, which its conversion
+                          has to keep (`python -m convert vilt --readout pooler`), and with early
+                          fusion image_cls, image_mean or concat
+    projected=true        of CLIP with late fusion; with text alone false: whether its vectors are
+                          read after the projection
+    image_fit=stretch     of CLIP (or crop) and ViLT (or pad)
+    ade20k=1,mapillary=1  of Table 7, where the row has them: how often they are drawn from
+
+Where the paper's count of parameters is another than ours, the row says why, and `--mode plan`
+prints it.
 
 FOUNDATIONS holds what `python -m convert` makes of the public checkpoints, under the names of
 configs/recipe.py; the README says which row needs which.
@@ -87,11 +97,13 @@ class Row:
     """A row of one of the paper's tables.
 
     Attributes:
-      values: arguments of the recipe that it fixes.
+      values: arguments of the recipe that make it.
       ciou: in percent, of the sets that the table is about; None: not available.
       parameters: as the paper writes them; "": the table does not count any.
       modules: what the paper counts: modules whose names begin so.
       note: why our count is another.
+      defaults: arguments that the paper leaves open, and what they are where nothing else is given.
+      drawn: data sets of Table 7 that it is trained on, however often.
     """
 
     values: Mapping[str, Any]
@@ -99,17 +111,18 @@ class Row:
     parameters: str = ""
     modules: str = "encoder"
     note: str = ""
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
 
 
 def _clip(encoder: str, fusion: str) -> dict[str, Any]:
-    if fusion == "text":
-        return dict(encoder=encoder, fusion="text", readout="text_eos", projected=False)
-    return dict(encoder=encoder, fusion="late", readout="concat", projected=True)
+    readout = {"text": "text_eos", "late": "concat"}[fusion]
+    return dict(encoder=encoder, fusion=fusion, readout=readout)
 
 
 def _vilt(fusion: str) -> dict[str, Any]:
-    readout = "concat" if fusion == "late" else "text_cls"
-    return dict(encoder="vilt_b32", fusion=fusion, readout=readout)
+    values = dict(encoder="vilt_b32", fusion=fusion, early_layers="all")
+    return values | (dict(readout="concat") if fusion == "late" else {})
 
 
 def _beit3(fusion: str, early_layers: str = "all") -> dict[str, Any]:
@@ -124,26 +137,45 @@ def _trained(encoder: bool, prompt_encoder: bool, mask_decoder: bool) -> dict[st
 
 
 def _towers(encoder: str, segmenter: str, **values: Any) -> dict[str, Any]:
-    return dict(encoder=encoder, segmenter=segmenter, **values)
+    return _beit3("early") | dict(encoder=encoder, segmenter=segmenter, **values)
 
 
 _UNKNOWN = (None, None, None)
+# Of CLIP's vectors and of ViLT, what the paper does not say.
+_UNPROJECTED, _PROJECTED = dict(projected=False), dict(projected=True)
+_TEXT_CLS = dict(readout="text_cls")
 TABLES: dict[int, dict[str, Row]] = {
     1: {
-        "clip_text": Row(_clip("clip_l14_openai", "text"), (63.4,)),
-        "clip_late": Row(_clip("clip_l14_openai", "late"), (67.9,)),
+        "clip_text": Row(_clip("clip_l14_openai", "text"), (63.4,), defaults=_UNPROJECTED),
+        "clip_late": Row(_clip("clip_l14_openai", "late"), (67.9,), defaults=_PROJECTED),
         "beit3_early": Row(_beit3("early"), (83.7,)),
     },
     3: {
-        "clip_l14_openai_text": Row(_clip("clip_l14_openai", "text"), (61.0, 63.4, 59.9), "123M"),
-        "clip_l14_openai_late": Row(_clip("clip_l14_openai", "late"), (67.4, 68.9, 64.4), "428M"),
-        "clip_l14_text": Row(_clip("clip_l14", "text"), (60.8, 63.2, 59.0), "123M"),
-        "clip_l14_late": Row(_clip("clip_l14", "late"), (66.1, 67.8, 63.1), "428M"),
-        "clip_h14_text": Row(_clip("clip_h14", "text"), (61.7, 64.2, 60.1), "302M", note=_H14),
-        "clip_h14_late": Row(_clip("clip_h14", "late"), (66.3, 68.2, 64.3), "986M"),
-        "vilt_b32_text": Row(_vilt("text"), (61.0, 63.0, 60.0), "133M", note=_VILT),
+        "clip_l14_openai_text": Row(
+            _clip("clip_l14_openai", "text"), (61.0, 63.4, 59.9), "123M", defaults=_UNPROJECTED
+        ),
+        "clip_l14_openai_late": Row(
+            _clip("clip_l14_openai", "late"), (67.4, 68.9, 64.4), "428M", defaults=_PROJECTED
+        ),
+        "clip_l14_text": Row(
+            _clip("clip_l14", "text"), (60.8, 63.2, 59.0), "123M", defaults=_UNPROJECTED
+        ),
+        "clip_l14_late": Row(
+            _clip("clip_l14", "late"), (66.1, 67.8, 63.1), "428M", defaults=_PROJECTED
+        ),
+        "clip_h14_text": Row(
+            _clip("clip_h14", "text"), (61.7, 64.2, 60.1), "302M", note=_H14, defaults=_UNPROJECTED
+        ),
+        "clip_h14_late": Row(
+            _clip("clip_h14", "late"), (66.3, 68.2, 64.3), "986M", defaults=_PROJECTED
+        ),
+        "vilt_b32_text": Row(
+            _vilt("text"), (61.0, 63.0, 60.0), "133M", note=_VILT, defaults=_TEXT_CLS
+        ),
         "vilt_b32_late": Row(_vilt("late"), (61.4, 64.0, 59.6), "136M", note=_VILT),
-        "vilt_b32_early": Row(_vilt("early"), (73.9, 75.3, 70.9), "136M", note=_VILT),
+        "vilt_b32_early": Row(
+            _vilt("early"), (73.9, 75.3, 70.9), "136M", note=_VILT, defaults=_TEXT_CLS
+        ),
         "beit3_large_text": Row(_beit3("text"), (61.6, 65.1, 59.4), "370M"),
         "beit3_large_late": Row(_beit3("late"), (67.7, 70.2, 65.4), "673M"),
         "beit3_large_early_12": Row(_beit3("early", "12"), (80.6, 82.2, 78.8), "673M"),
@@ -166,6 +198,7 @@ TABLES: dict[int, dict[str, Row]] = {
             "1.08B",
             _ALL_TOWERS,
             "the paper counts both towers of CLIP, 428M; its scores are those of the text alone",
+            _UNPROJECTED,
         ),
         "vilt_b32_sam_vit_h": Row(
             _vilt("early") | dict(segmenter="sam_vit_h"),
@@ -173,6 +206,7 @@ TABLES: dict[int, dict[str, Row]] = {
             "783M",
             _ALL_TOWERS,
             "the paper's count has the heads of pretraining, 24.6M, and 5M unexplained",
+            _TEXT_CLS,
         ),
         "beit3_base_sam_vit_h": Row(
             _towers("beit3_base", "sam_vit_h"), (78.9, 80.6, 75.3), "863M", _ALL_TOWERS
@@ -201,9 +235,9 @@ TABLES: dict[int, dict[str, Row]] = {
     },
     7: {
         "none": Row(dict(ade20k=0.0, mapillary=0.0), (54.2,)),
-        "ade20k": Row(dict(ade20k=1.0, mapillary=0.0), (75.9,)),
-        "mapillary": Row(dict(ade20k=0.0, mapillary=1.0), (59.6,)),
-        "both": Row(dict(ade20k=1.0, mapillary=1.0), (76.1,)),
+        "ade20k": Row(dict(mapillary=0.0), (75.9,), drawn=("ade20k",)),
+        "mapillary": Row(dict(ade20k=0.0), (59.6,), drawn=("mapillary",)),
+        "both": Row({}, (76.1,), drawn=("ade20k", "mapillary")),
     },
 }
 _SETS = {1: _TEST_A, 3: _REFCOCO, 4: _TEST_A, 5: _REFCOCO, 6: _REFCOCO, 7: "ADE20K val"}
@@ -213,8 +247,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     """Returns the values of the experiment.
 
     Raises:
-      ValueError: there is no such table or row, an argument is given that the row fixes, or as the
-        recipe raises it.
+      ValueError: there is no such table or row, an argument is given that would make it another
+        row, or as the recipe raises it.
     """
     given: dict[str, str] = {}
     for part in filter(None, (argument or "").split(",")):
@@ -230,9 +264,22 @@ def get_config(argument: str | None = None) -> ConfigDict:
                 f"config argument {key!r}: expected none, since the row {name} has "
                 f"{row.values[key]!r}, found {given[key]!r}"
             )
-    fixed = {key: str(value).lower() for key, value in row.values.items()}
+    if "model" in given:
+        raise ValueError(
+            "config argument 'model': expected none, since a row begins with the foundations of "
+            f"its towers, found {given['model']!r}"
+        )
+    arguments = {key: str(value).lower() for key, value in (row.defaults | row.values).items()}
+    arguments |= given
     recipe = semantic_mix if number == 7 else refcoco
-    config = recipe.get_config(",".join(f"{key}={value}" for key, value in (given | fixed).items()))
+    config = recipe.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
+    drawn = {entry["name"] for entry in config.data.train}
+    for key in row.drawn:
+        if key not in drawn:
+            raise ValueError(
+                f"config argument {key!r}: expected a number above 0, since the row {name} is "
+                f"trained on it, found {given[key]!r}"
+            )
     config.paper = dict(
         source=f"Table {number}, {name}",
         sets=_SETS[number],

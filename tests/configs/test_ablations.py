@@ -6,7 +6,12 @@ import re
 import pytest
 
 from configs import ablations
-from evf_sam_jax.experiment import ExperimentConfig, PaperRow, experiment_from_dict
+from evf_sam_jax.experiment import (
+    DatasetsConfig,
+    ExperimentConfig,
+    PaperRow,
+    experiment_from_dict,
+)
 from evf_sam_jax.model_dir import path_leaves
 from evf_sam_jax.models.evf_sam import param_shapes
 from evf_sam_jax.plan_command import paper_text
@@ -99,6 +104,41 @@ def test_what_the_paper_leaves_open_is_an_argument():
     assert experiment(3, "beit3_large_late").model.encoder.prompt_tokens == 1
 
 
+@pytest.mark.parametrize(
+    ("table", "row", "argument"),
+    [
+        (3, "vilt_b32_early", "readout=pooler"),
+        (3, "vilt_b32_text", "readout=pooler"),
+        (3, "vilt_b32_late", "image_fit=pad"),
+        (3, "clip_l14_late", "image_fit=crop"),
+        (3, "clip_l14_openai_late", "projected=false"),
+        (3, "clip_l14_openai_text", "projected=true"),
+    ],
+)
+def test_a_default_gives_way_to_what_is_asked_for(table: int, row: str, argument: str):
+    key, _, value = argument.partition("=")
+    encoders = [experiment(table, row, more).model.encoder for more in ("", f",{argument}")]
+    before, after = (str(getattr(encoder, key)).lower() for encoder in encoders)
+    assert before != after == value
+    changed = {key: getattr(encoders[1], key)}
+    assert dataclasses.replace(encoders[0], **changed) == encoders[1]
+
+
+def test_rows_of_table_7_draw_from_what_they_say_and_measure_classes():
+    drawn = {}
+    for row in ablations.TABLES[7]:
+        data = experiment(7, row).data
+        assert isinstance(data, DatasetsConfig)
+        assert [one.name for one in data.held_out] == ["ade20k"]
+        drawn[row] = {one.name for one in data.train} & {"ade20k", "mapillary"}
+    names = {"ade20k", "mapillary"}
+    assert drawn == {"none": set(), "ade20k": {"ade20k"}, "mapillary": {"mapillary"}, "both": names}
+    data = experiment(7, "both", ",ade20k=2").data
+    assert isinstance(data, DatasetsConfig)
+    weights = {one.name: one.weight for one in data.train}
+    assert (weights["ade20k"], weights["mapillary"]) == (2.0, 1.0)
+
+
 def test_the_docstring_has_the_figures_of_every_row():
     lines = (ablations.__doc__ or "").splitlines()
     table = 0
@@ -126,6 +166,14 @@ def test_the_docstring_has_the_figures_of_every_row():
         ("table=4", "row, of table 4: .* found ''"),
         ("table=4,row=all,train_encoder=false", "'train_encoder': expected none, since the row"),
         ("table=4,row=all", "data"),
+        ("table=4,row=all,model=there,data=there", "'model': expected none, since a row begins w"),
+        ("table=3,row=vilt_b32_late,readout=text_cls", "'readout': expected none, since the row"),
+        ("table=3,row=vilt_b32_early,early_layers=6", "'early_layers': expected none, since the"),
+        ("table=6,row=beit3_base_sam_vit_h,fusion=late", "'fusion': expected none, since the row"),
+        (
+            "table=7,row=both,foundations=none,data=there,ade20k=0",
+            "'ade20k': expected a number above 0, since the row both is trained on it, found '0'",
+        ),
     ],
 )
 def test_other_rows_are_refused(argument: str, said: str):
