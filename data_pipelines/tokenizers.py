@@ -13,6 +13,10 @@ A literal special token in a phrase (`"<mask> dog"`) becomes its id, as there: a
 what it saw in training. Spelling it out would guard nothing, since no id of these vocabularies is
 an instruction.
 
+CLIP has positions for 77 tokens and ViLT for 40, which phrases of data sets exceed: training and
+evaluation read the first ones, between begin and end, as transformers does with `truncation=True`.
+Prediction refuses such a phrase, and so does whatever reads with BEiT-3's 1022.
+
 Differences: an empty phrase and a phrase past the model's positions are refused, which transformers
 passes on; so is half a surrogate pair. OpenAI's own CLIP tokenizer also repairs wrongly decoded
 text and HTML entities; transformers' does not, nor does this.
@@ -66,10 +70,12 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: one more than the largest id that `encode` can give.
       max_tokens: the longest sequence, begin and end included, that the model has positions for.
+      truncates: whether of a longer phrase the first tokens are taken; otherwise it is refused.
     """
 
     vocab_size: int
     max_tokens: int
+    truncates: bool
     _begin: int
     _end: int
 
@@ -78,18 +84,21 @@ class Tokenizer(abc.ABC):
 
         Raises:
           UserError: the phrase is empty, no Unicode text, or longer than the model has positions
-            for.
+            for and not truncated.
         """
         if not is_unicode(text):
             raise UserError(
                 f"the phrase {text[:40]!r} is no Unicode text: expected words, "
                 "found half a character"
             )
-        ids = [self._begin, *self._encode_words(text), self._end]
-        if len(ids) == 2:
+        words = self._encode_words(text)
+        if not words:
             raise UserError(
                 f"the phrase {text!r} is empty: expected words that name something in the image"
             )
+        if self.truncates:
+            words = words[: self.max_tokens - 2]
+        ids = [self._begin, *words, self._end]
         if len(ids) > self.max_tokens:
             raise UserError(
                 f"the phrase {text[:40]!r}... has {len(ids)} tokens, "
@@ -115,12 +124,18 @@ class SentencePieceTokenizer(Tokenizer):
 
     _begin, _end = BOS_ID, EOS_ID
 
-    def __init__(self, model: bytes, added: Mapping[str, AddedToken], max_tokens: int):
+    def __init__(
+        self,
+        model: bytes,
+        added: Mapping[str, AddedToken],
+        max_tokens: int,
+        truncates: bool = False,
+    ):
         self._model = model
         self._added = dict(added)
         self._pieces = sentencepiece.SentencePieceProcessor()
         self._pieces.LoadFromSerializedProto(model)  # the constructor takes an empty model silently
-        self.max_tokens = max_tokens
+        self.max_tokens, self.truncates = max_tokens, truncates
         mask_id = self._pieces.get_piece_size() + FAIRSEQ_OFFSET
         literals = {
             "<s>": AddedToken(BOS_ID),
@@ -136,7 +151,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def __reduce__(self):
-        return SentencePieceTokenizer, (self._model, self._added, self.max_tokens)
+        values = (self._model, self._added, self.max_tokens, self.truncates)
+        return SentencePieceTokenizer, values
 
     def _encode_words(self, text: str) -> list[int]:
         parts = self._split.split(text)
@@ -162,16 +178,16 @@ class _ComposedTokenizer(Tokenizer):
       files: the content of the tokenizer's files by their names.
     """
 
-    def __init__(self, files: Mapping[str, str], max_tokens: int):
+    def __init__(self, files: Mapping[str, str], max_tokens: int, truncates: bool = False):
         self.files = dict(files)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.truncates = max_tokens, truncates
         self._composed, begin, end = self._compose(_library())
         vocabulary = self._composed.get_vocab()
         self.vocab_size = 1 + max(vocabulary.values())
         self._begin, self._end = vocabulary[begin], vocabulary[end]
 
     def __reduce__(self):
-        return type(self), (self.files, self.max_tokens)
+        return type(self), (self.files, self.max_tokens, self.truncates)
 
     @abc.abstractmethod
     def _compose(self, library: ModuleType) -> tuple[Any, str, str]:
@@ -269,7 +285,9 @@ def has_tokenizer(directory: str | os.PathLike) -> bool:
     return _kind(pathlib.Path(directory)) is not None
 
 
-def load_tokenizer(directory: str | os.PathLike, max_tokens: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike, max_tokens: int | None = None, truncates: bool | None = None
+) -> Tokenizer:
     """Reads the tokenizer files of `directory`, or of its subdirectory `tokenizer`.
 
     Args:
@@ -277,6 +295,8 @@ def load_tokenizer(directory: str | os.PathLike, max_tokens: int | None = None) 
         and `tokenizer_config.json`.
       max_tokens: what the model has positions for; None: as the released BEiT-3 has, whose 1024
         begin at the third (torchscale 0.2.0, `component/embedding.py`), CLIP 77 and ViLT 40.
+      truncates: whether of a longer phrase the first tokens are taken, or it is refused; None: CLIP
+        and BERT take them, SentencePiece refuses it.
 
     Raises:
       UserError: no tokenizer there, or a file that cannot be read as one; for CLIP and BERT also,
@@ -285,11 +305,15 @@ def load_tokenizer(directory: str | os.PathLike, max_tokens: int | None = None) 
     for place in (pathlib.Path(directory), pathlib.Path(directory) / "tokenizer"):
         patterns = _kind(place)
         if patterns == CLIP_FILES:
-            return _load_composed(ClipTokenizer, place, CLIP_FILES, max_tokens or 77)
+            return _load_composed(
+                ClipTokenizer, place, CLIP_FILES, max_tokens or 77, truncates is not False
+            )
         if patterns == BERT_FILES:
-            return _load_composed(BertTokenizer, place, BERT_FILES, max_tokens or 40)
+            return _load_composed(
+                BertTokenizer, place, BERT_FILES, max_tokens or 40, truncates is not False
+            )
         if patterns is not None:
-            return _load_sentencepiece(place, patterns[0], max_tokens or 1022)
+            return _load_sentencepiece(place, patterns[0], max_tokens or 1022, bool(truncates))
     raise UserError(
         f"{directory}: no tokenizer: expected {tokenizer_files()} there or in its subdirectory "
         "tokenizer"
@@ -328,7 +352,7 @@ def pad_token_ids(
 
 
 def _load_sentencepiece(
-    directory: pathlib.Path, pattern: str, max_tokens: int
+    directory: pathlib.Path, pattern: str, max_tokens: int, truncates: bool
 ) -> SentencePieceTokenizer:
     found = sorted(directory.glob(pattern))
     if len(found) > 1:
@@ -336,7 +360,7 @@ def _load_sentencepiece(
         raise UserError(f"{directory}: expected one SentencePiece model, found {names}")
     added = read_added_tokens(directory)
     try:
-        return SentencePieceTokenizer(found[0].read_bytes(), added, max_tokens)
+        return SentencePieceTokenizer(found[0].read_bytes(), added, max_tokens, truncates)
     except (RuntimeError, OSError) as error:  # SentencePiece raises RuntimeError
         raise UserError(
             f"{found[0]}: expected a SentencePiece model, found something else"
@@ -348,11 +372,12 @@ def _load_composed(
     directory: pathlib.Path,
     names: tuple[str, ...],
     max_tokens: int,
+    truncates: bool,
 ) -> Tokenizer:
     present = [name for name in (*names, CONFIG) if (directory / name).exists()]
     try:
         files = {name: (directory / name).read_text(encoding="utf-8") for name in present}
-        return tokenizer(files, max_tokens)
+        return tokenizer(files, max_tokens, truncates)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     except Exception as error:  # the library raises no other type

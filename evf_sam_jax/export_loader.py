@@ -82,7 +82,7 @@ class ExportedModel:
             name: _load_function(directory / entry["file"], entry["parameters"])
             for name, entry in ((name, manifest["functions"][name]) for name in FUNCTIONS)
         }
-        tokenizer = tokenizers.load_tokenizer(directory, manifest["max_text_tokens"])
+        tokenizer = tokenizers.load_tokenizer(directory, manifest["max_text_tokens"], False)
         towers = manifest["preprocessing"]
         images = TowerImages(
             frame=towers["segmenter"]["frame"],

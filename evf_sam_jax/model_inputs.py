@@ -24,12 +24,17 @@ def tower_images(config: EvfSamConfig, antialias: bool = True) -> TowerImages:
     return TowerImages(segmenter.image_size, fit, later, encoder.image_size, encoder.image_kind)
 
 
-def load_tokenizer(directory: str | os.PathLike, config: EvfSamConfig) -> tokenizers.Tokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike, config: EvfSamConfig, truncates: bool | None = None
+) -> tokenizers.Tokenizer:
     """Returns the tokenizer in a directory, for the encoder of `config`.
+
+    Args:
+      truncates: as of `data_pipelines.tokenizers.load_tokenizer`.
 
     Raises:
       UserError: there is none, it cannot be read, or it gives ids that the encoder does not know.
     """
-    tokenizer = tokenizers.load_tokenizer(directory, config.encoder.max_text_tokens)
+    tokenizer = tokenizers.load_tokenizer(directory, config.encoder.max_text_tokens, truncates)
     tokenizer.check_vocabulary(config.encoder.vocab_size)
     return tokenizer

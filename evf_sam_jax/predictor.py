@@ -218,7 +218,8 @@ class Predictor:
         config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(manifest.config), dtype)
         tokenizer = None
         if manifest.has_tokenizer:
-            tokenizer = model_inputs.load_tokenizer(path, config)
+            # Whoever asks shall know that the end would not be read.
+            tokenizer = model_inputs.load_tokenizer(path, config, truncates=False)
         return cls(config, _load_params(path, config, dtype), tokenizer, antialias)
 
     @classmethod

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.buckets import Buckets
+from data_pipelines.source import Entry
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from evf_sam_jax.errors import UserError
 from tests.golden import make_composed_tokenizers
@@ -81,15 +83,28 @@ def test_a_tokenizer_survives_the_way_to_a_worker(tmp_path: Path, kind: str) -> 
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode("Zebra, left") == tokenizer.encode("Zebra, left")
     assert (copy.vocab_size, copy.max_tokens) == (tokenizer.vocab_size, LONG)
+    short = pickle.loads(pickle.dumps(load_tokenizer(tmp_path, 4, truncates=True)))
+    assert len(short.encode("left left left left left")) == 4
 
 
 @pytest.mark.parametrize("kind, positions", [("clip", 77), ("bert", 40)])
 def test_a_phrase_past_the_positions(tmp_path: Path, kind: str, positions: int) -> None:
-    tokenizer = load(tmp_path, kind)
-    assert len(tokenizer.encode("left " * (positions - 2))) == positions
-    message = f"has {positions + 1} tokens, expected at most {positions}"
-    with pytest.raises(UserError, match=message):
-        tokenizer.encode("left " * (positions - 1))
+    write_tokenizer(tmp_path, kind)
+    whole = load_tokenizer(tmp_path, LONG)
+    for truncates in (None, True, False):
+        tokenizer = load_tokenizer(tmp_path, truncates=truncates)
+        assert tokenizer.max_tokens == positions
+        phrase = "left " * (positions - 2)
+        assert tokenizer.encode(phrase) == whole.encode(phrase)
+        longer = phrase + "zebra"
+        message = f"tokens, expected at most {positions}"
+        if truncates is False:
+            with pytest.raises(UserError, match=message):
+                tokenizer.encode(longer)
+        else:
+            ids = whole.encode(longer)
+            assert tokenizer.encode(longer) == [*ids[: positions - 1], ids[-1]]
+            assert Buckets((positions,)).fits(Entry(9, 9, (longer,)), tokenizer)
 
 
 @pytest.mark.parametrize("kind", KINDS)

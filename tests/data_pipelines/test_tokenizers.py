@@ -124,6 +124,10 @@ def test_the_limit_follows_the_model(tmp_path: Path):
     assert len(tokenizer.encode("zebra zebra")) == 4
     with pytest.raises(UserError, match="expected at most 4"):
         tokenizer.encode("zebra zebra zebra")
+    whole = load_tokenizer(tmp_path).encode("zebra zebra zebra")
+    cut = load_tokenizer(tmp_path, max_tokens=4, truncates=True)
+    for tokenizer in (cut, pickle.loads(pickle.dumps(cut))):
+        assert tokenizer.encode("zebra zebra zebra") == [*whole[:3], whole[-1]]
 
 
 def test_no_tokenizer(tmp_path: Path):
