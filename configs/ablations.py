@@ -273,7 +273,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     arguments |= given
     recipe = semantic_mix if number == 7 else refcoco
     config = recipe.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
-    drawn = {entry["name"] for entry in config.data.train}
+    drawn = {entry["name"] for entry in config.to_dict()["data"]["train"]}
     for key in row.drawn:
         if key not in drawn:
             raise ValueError(
