@@ -3,8 +3,9 @@
 Names: hustvl/EVF-SAM at 9935dc5, `model/evf_sam.py`; config: `model/configuration_evf.py`. The
 weights are an encoder, a segmenter and a projector, so the table is theirs with prefixes.
 
-A model that came without a config.json (one trained here, of any size) goes to PyTorch with its
-configuration under `evf_sam_jax` in config.json, and comes back by it.
+A model that came without a config.json (one trained here, of any size), or that is no longer what
+its config.json says, goes to PyTorch with its configuration under `evf_sam_jax` in config.json, and
+comes back by it.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from evf_sam_jax.errors import UserError
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.released import RELEASED, released_variant
 
-_OWN_CONFIG = "evf_sam_jax"
+OWN_CONFIG = "evf_sam_jax"
 # Architecture -> (sam_scale, mm_extractor_scale) -> name in `RELEASED`.
 _MODELS = {
     "EvfSamModel": {("huge", "large"): "evf-sam", ("huge", "base"): "evf-sam-base"},
@@ -70,7 +71,7 @@ def convert(directory: Path, profile: str | None = None) -> Conversion:
     checkpoint = open_directory(directory)
     source_config = read_json_object(directory / "config.json")
     variant, config = recognise(source_config, directory / "config.json")
-    own = _OWN_CONFIG in source_config
+    own = OWN_CONFIG in source_config
     config, notes = in_profile(variant, config, directory, profile, own)
     conversion = Conversion(
         variant=variant,
@@ -115,6 +116,12 @@ def _tower(shapes: Shapes, prefix: str) -> tuple[str | None, Any]:
     """What the tower of these names seems to be, and its configuration if its size is known."""
     own = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     return recognise_tower(_PREFIXES[prefix], own) or (family_of(own), None)
+
+
+def described(source_config: dict[str, Any], tokenizer_dir: Path) -> EvfSamConfig:
+    """The configuration of what `convert` makes of a directory with this config.json."""
+    variant, config = recognise(source_config, Path("config.json"))
+    return in_profile(variant, config, tokenizer_dir, None, OWN_CONFIG in source_config)[0]
 
 
 def in_profile(
@@ -171,12 +178,10 @@ def in_profile(
 
 def recognise(source_config: dict[str, Any], where: Path) -> tuple[str, EvfSamConfig]:
     """The variant and configuration that a config.json describes."""
-    if _OWN_CONFIG in source_config:
-        own = source_config[_OWN_CONFIG]
+    if OWN_CONFIG in source_config:
+        own = source_config[OWN_CONFIG]
         if not isinstance(own, dict) or set(own) != {"variant", "config"}:
-            raise UserError(
-                f"{where}: expected an object of variant and config under {_OWN_CONFIG}"
-            )
+            raise UserError(f"{where}: expected an object of variant and config under {OWN_CONFIG}")
         return str(own["variant"]), EvfSamConfig.from_dict(own["config"])
     values: dict[str, Any] = {**_DEFAULTS, **source_config}
     scales = []
@@ -238,5 +243,5 @@ def source_config_of(variant: str, config: EvfSamConfig) -> dict[str, Any]:
         "hidden_size": config.encoder.width,
         "out_dim": config.segmenter.out_channels,
         **dict(zip(("sam_scale", "mm_extractor_scale"), scales, strict=False)),
-        _OWN_CONFIG: {"variant": variant, "config": config.to_dict()},
+        OWN_CONFIG: {"variant": variant, "config": config.to_dict()},
     }

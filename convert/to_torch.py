@@ -81,7 +81,10 @@ def write_torch(model_dir: Path, out_dir: Path) -> tuple[str, ...]:
                         writer.write(part.key, tensor.astype(header[part.key][1], copy=False))
                 for key, array in passthrough.items():
                     writer.write(key, array)
-            _write_config(manifest, scratch / "config.json")
+            content = config_json(manifest, model_dir / "tokenizer")
+            if content is not None:
+                text = json.dumps(content, indent=2) + "\n"
+                (scratch / "config.json").write_text(text, encoding="utf-8")
             if (model_dir / "tokenizer").is_dir():
                 shutil.copytree(model_dir / "tokenizer", scratch, dirs_exist_ok=True)
     except OSError as error:
@@ -136,13 +139,22 @@ def _survives(array: np.ndarray, dtype: np.dtype) -> bool:
     return bool(np.array_equal(back.reshape(-1).view(np.uint8), array.reshape(-1).view(np.uint8)))
 
 
-def _write_config(manifest: Manifest, path: Path) -> None:
-    """The source's config.json, laid out as transformers does; foundation models have none."""
+def config_json(manifest: Manifest, tokenizer_dir: Path) -> dict[str, Any] | None:
+    """The config.json of the source; of a whole model, such that it describes the model.
+
+    A model may be in another profile than its source needs, and what was trained on may read out
+    something else than its source did.
+    """
     content = manifest.source_config
-    if content is None and {"encoder", "segmenter"} <= set(manifest.config):
-        content = evf_sam.source_config_of(manifest.variant, full_config(manifest.config))
-    if content is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not {"encoder", "segmenter"} <= set(manifest.config):
+        return content
+    config = full_config(manifest.config)
+    own = evf_sam.source_config_of(manifest.variant, config)
+    if content is None:
+        return own
+    if evf_sam.described(content, tokenizer_dir) == config:
+        return content
+    return content | {evf_sam.OWN_CONFIG: own[evf_sam.OWN_CONFIG]}
 
 
 def _notes(manifest: Manifest, lossy: int) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from evf_sam_jax.model_dir import (
     read_manifest,
     read_passthrough,
 )
-from evf_sam_jax.models.evf_sam import RUNS_ONCE, draw_params, param_shapes
+from evf_sam_jax.models.evf_sam import RUNS_ONCE, EvfSamConfig, draw_params, param_shapes
 from evf_sam_jax.models.released import released_variant
 from evf_sam_jax.param_rules import Params, match_rules
 
@@ -129,8 +129,14 @@ def finished_model(
     if config.init.model:
         source = read_manifest(config.init.model)
         passthrough = read_passthrough(config.init.model)
+        began_as = released_variant(EvfSamConfig.from_dict(source.config))
         manifest = dataclasses.replace(
-            source, config=model.to_dict(), profile=model.profile, source={}, cast_to=None
+            source,
+            variant=source.variant if began_as == released_variant(model) else name,
+            config=model.to_dict(),
+            profile=model.profile,
+            source={},
+            cast_to=None,
         )
     else:  # under the names of the towers' own checkpoints
         reasons: dict[str, str] = {}
