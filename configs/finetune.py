@@ -27,6 +27,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
         batch_size=4,
         learning_rate=2e-5,
         workers=0,
+        features="",
     )
     for name in ("model", "data"):
         if not arguments[name]:
@@ -47,6 +48,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.canvases = ((640, 640), (1024, 1024))
     config.data.workers = arguments["workers"]
     config.data.max_skipped = 10
+    config.data.features = arguments["features"]
+    # How --mode cache_features writes features: bfloat16, float32, or int8.
+    config.feature_cache = dict(dtype="bfloat16", batch_size=8, images_a_file=500)
 
     # Training
     config.stages = ConfigDict()

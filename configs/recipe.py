@@ -108,6 +108,8 @@ _ARGUMENTS: dict[str, Any] = dict(
     strict=False,
     phrases=3,
     workers=0,
+    # What --mode cache_features wrote for these data and this segmenter; "": none.
+    features="",
     # What is trained: the flags of the paper's Table 4, and a regex over '/'-paths for more.
     train_encoder=True,
     train_mask_decoder=True,
@@ -220,6 +222,9 @@ def make_recipe(
     config.data.workers = arguments["workers"]
     # A batch of 128 images is 0.6 GB: more threads would hold more of them.
     config.data.threads = 4
+    config.data.features = arguments["features"]
+    # How --mode cache_features writes features: bfloat16, float32, or int8.
+    config.feature_cache = dict(dtype="bfloat16", batch_size=8, images_a_file=500)
 
     # Training. `trainable` is a tuple, since no list can be given on the command line.
     batch_size, accumulate = arguments["batch_size"], arguments["accumulate"]

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from data_pipelines.batch import Batch
+from data_pipelines.batch import Batch, CachedFeatures
+from data_pipelines.features import Layout
 from data_pipelines.tokenizers import BOS_ID, EOS_ID, Tokenizer, pad_token_ids
 from data_pipelines.tower_images import TowerImages
 from evf_sam_jax.errors import UserError
@@ -43,6 +45,8 @@ class BatchSpec:
       images: how both towers take an image.
       canvas: height and width that hold every image at its original size.
       prompts: whether to add a click and a box for each target.
+      features: of the cache that features of images are read from, in place of the segmenter's
+        images; None: there are these images.
       shrink: whether the targets of an image larger than the canvas are shrunk to fit (the model's
         own images are not affected); otherwise it is refused.
     """
@@ -54,6 +58,7 @@ class BatchSpec:
     canvas: tuple[int, int] = (640, 640)
     prompts: bool = False
     shrink: bool = False
+    features: Layout | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,13 @@ class Slot:
       skipped_id: the example that could not be read, which `example` stands in for (or nothing
         does); else -1.
       prompt_seed: what the clicks and boxes are drawn from.
+      features: of the example's image, from a cache: values, and scales of int8.
     """
 
     example: Example | None
     skipped_id: int = -1
     prompt_seed: tuple[int, int] = (0, 0)
+    features: Sequence[np.ndarray] = ()
 
 
 def assemble(slots: Sequence[Slot], spec: BatchSpec, tokenizer: Tokenizer) -> Batch:
@@ -90,6 +97,7 @@ def assemble(slots: Sequence[Slot], spec: BatchSpec, tokenizer: Tokenizer) -> Ba
         if slot.example is not None:
             _check_room(slot.example, spec)
             _fill(fields, row, slot.example, spec)
+            _fill_segmenter(fields, row, slot, spec)
             if spec.prompts:
                 _fill_prompts(fields, row, slot.example, slot.prompt_seed, spec.images)
         fields["text_ids"][row], fields["text_valid"][row] = pad_token_ids(ids, spec.text_length)
@@ -131,11 +139,11 @@ def _check_room(example: Example, spec: BatchSpec) -> None:
         )
 
 
-def _empty(b: int, spec: BatchSpec) -> dict[str, np.ndarray]:
+def _empty(b: int, spec: BatchSpec) -> dict[str, Any]:
     """The fields of a `Batch` of padding."""
     k, length, frame = spec.phrases, spec.text_length, spec.images.frame
-    fields = {
-        "sam_image": np.zeros((b, frame, frame, 3), np.uint8),
+    fields: dict[str, Any] = {
+        "sam_image": None,
         # Padding has size 1, so that no geometry divides by zero.
         "sam_size": np.ones((b, 2), np.int32),
         "encoder_image": np.zeros((b, *spec.images.encoder_shape), np.float32),
@@ -149,19 +157,22 @@ def _empty(b: int, spec: BatchSpec) -> dict[str, np.ndarray]:
         "example_valid": np.zeros(b, bool),
         "skipped_id": np.full(b, -1, np.int32),
     }
+    if spec.features is None:
+        fields["sam_image"] = np.zeros((b, frame, frame, 3), np.uint8)
+    else:
+        values, scales = spec.features.empty(b)
+        fields["image_features"] = CachedFeatures(values, scales, spec.features.finished)
     if spec.prompts:
         fields["points"] = np.zeros((b, k, 1, 2), np.float32)
         fields["boxes"] = np.zeros((b, k, 4), np.float32)
     return fields
 
 
-def _fill(fields: dict[str, np.ndarray], row: int, example: Example, spec: BatchSpec) -> None:
+def _fill(fields: dict[str, Any], row: int, example: Example, spec: BatchSpec) -> None:
     masks, ignore = _on_canvas(example, spec.canvas)
     height, width = masks.shape[1:]
     k = len(example.phrases)
-    images = spec.images
-    _, fields["sam_size"][row] = images.segmenter(example.image, fields["sam_image"][row])
-    fields["encoder_image"][row] = images.encoder(example.image)
+    fields["encoder_image"][row] = spec.images.encoder(example.image)
     fields["phrase_valid"][row, :k] = True
     fields["mask"][row, :k, :height, :width] = masks
     valid = True if ignore is None else ~ignore
@@ -169,6 +180,19 @@ def _fill(fields: dict[str, np.ndarray], row: int, example: Example, spec: Batch
     fields["original_size"][row] = height, width
     fields["example_id"][row] = example.example_id
     fields["example_valid"][row] = True
+
+
+def _fill_segmenter(fields: dict[str, Any], row: int, slot: Slot, spec: BatchSpec) -> None:
+    """The segmenter's image, or its features."""
+    assert slot.example is not None
+    image = slot.example.image
+    if spec.features is None:
+        _, fields["sam_size"][row] = spec.images.segmenter(image, fields["sam_image"][row])
+        return
+    fields["sam_size"][row] = spec.images.content(*image.shape[:2])
+    cached = fields["image_features"]
+    for target, array in zip((*cached.values, *cached.scales), slot.features, strict=True):
+        target[row] = array
 
 
 def _on_canvas(
@@ -193,7 +217,7 @@ def _centres(source: int, target: int) -> np.ndarray:
 
 
 def _fill_prompts(
-    fields: dict[str, np.ndarray],
+    fields: dict[str, Any],
     row: int,
     example: Example,
     seed: tuple[int, int],

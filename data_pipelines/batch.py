@@ -1,6 +1,7 @@
 """`Batch`: the only contract between the data pipelines and the model."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,27 @@ if TYPE_CHECKING:
     Array = Any  # which of the two it is depends on where the batch is: no type checker knows
 else:
     Array = np.ndarray | jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales"),
+    meta_fields=("finished",),
+)
+@dataclasses.dataclass(frozen=True)
+class CachedFeatures:
+    """What a segmenter has computed of b images before, as it is stored (`features`).
+
+    Attributes:
+      values: [b, h, w, c] the embedding, then finer features, finest first; float32, bfloat16, or
+        int8.
+      scales: [b, c] of each of them where they are int8; else there are none.
+      finished: whether they are for the decoder as they are.
+    """
+
+    values: tuple[Any, ...]
+    scales: tuple[Any, ...] = ()
+    finished: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +59,7 @@ class Batch:
       example_id: a stable number of the example within its source.
       example_valid: false where the last evaluation batch was padded or a sample could not be read.
       skipped_id: the example that could not be read and was replaced, or -1.
-      image_features: frozen features in place of `sam_image`, where they are cached.
+      image_features: features in place of `sam_image`, where they are cached.
       points: one click inside each target, (x, y) in the segmenter's frame (for training on
         clicks and boxes).
       boxes: the box of each target, (x0, y0, x1, y1) in the segmenter's frame.
@@ -55,7 +77,7 @@ class Batch:
     example_id: Int32[Array, " b"]
     example_valid: Bool[Array, " b"]
     skipped_id: Int32[Array, " b"]
-    image_features: Any = None
+    image_features: CachedFeatures | None = None
     points: Float32[Array, "b k 1 2"] | None = None
     boxes: Float32[Array, "b k 4"] | None = None
 

@@ -81,7 +81,11 @@ class TowerImages:
         if out is not None:
             out[:] = filled
             filled = out
-        return filled, (self.frame, self.frame)
+        return filled, self.content(*image.shape[:2])
+
+    def content(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the content of the segmenter's frame, of an image of this size."""
+        return sam_size(height, width, self.frame) if self.fit == PAD else (self.frame, self.frame)
 
     def encoder(self, image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "eh ew c"]:
         """The multimodal encoder's image."""

@@ -17,6 +17,7 @@ from absl import flags
 from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch, copied
 from data_pipelines.buckets import Buckets
+from data_pipelines.features import FeatureStore
 from data_pipelines.mixture import Mixture
 from data_pipelines.source import Entry
 from data_pipelines.tokenizers import Tokenizer
@@ -36,6 +37,7 @@ def train_dataset(
     steps: int,
     rows: Sequence[int] | None = None,
     buckets: Buckets | None = None,
+    features: FeatureStore | None = None,
 ) -> grain.MapDataset[Batch]:
     """`dataset[step]` is this host's part of the global batch number `step`; `dataset[step:]`
     resumes there.
@@ -48,10 +50,12 @@ def train_dataset(
       rows: those of the global batch that this host assembles; None: all.
       buckets: text lengths and canvases to choose from for each global batch; None: those of
         `spec`.
+      features: where those of each image are read; None: images go to the segmenter. An image
+        without them is replaced as one that cannot be read.
     """
     rows = range(spec.batch_size) if rows is None else rows
     return grain.MapDataset.range(steps).map(
-        _TrainBatch(mixture, mixture.order(seed), tokenizer, spec, seed, rows, buckets)
+        _TrainBatch(mixture, mixture.order(seed), tokenizer, spec, seed, rows, buckets, features)
     )
 
 
@@ -96,6 +100,7 @@ class _TrainBatch(grain.transforms.Map):
     seed: int
     rows: Sequence[int]
     buckets: Buckets | None
+    features: FeatureStore | None
 
     def map(self, element: int) -> Batch:
         first = element * self.spec.batch_size
@@ -122,7 +127,8 @@ class _TrainBatch(grain.transforms.Map):
                 chosen = self._choose(attempt, rng)
                 self._check_room(attempt, chosen, spec)
                 example = self.mixture.read(attempt, chosen)
-                return Slot(example, skipped, (self.seed, position))
+                found = () if self.features is None else self.features.read(example.image)
+                return Slot(example, skipped, (self.seed, position), found)
             except UserError as error:
                 skipped, reason = index, error
                 siblings = self.mixture.siblings(index)

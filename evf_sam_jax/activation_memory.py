@@ -64,7 +64,7 @@ def activation_bytes(
         saved = saved_bytes(loss, *inputs, gathered=gathered)
         gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(*inputs)
         encoding = None
-        if "image_encoder" not in segmenter:
+        if batch.sam_image is not None and "image_encoder" not in segmenter:
             encode = jax.make_jaxpr(lambda *args: encode_image(experiment.model, *args))
             encoder = encode({**inputs[1]}, batch.sam_image, batch.sam_size)
             encoding = peak_bytes(encoder, gathered)

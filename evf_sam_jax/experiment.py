@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import logging
 
+from data_pipelines.features import STORED
 from data_pipelines.shapes import ShapesConfig
 from data_pipelines.source import ReadingRules
 from evf_sam_jax.errors import UserError
@@ -47,6 +48,7 @@ class ShapesDataConfig:
       threads: that make batches ahead, of this process or of each worker; drawing gains nothing by
         more than one.
       max_skipped: examples that may turn out unreadable before the run stops; none is.
+      features: as of `DatasetsConfig`.
     """
 
     shapes: ShapesConfig
@@ -55,6 +57,7 @@ class ShapesDataConfig:
     workers: int = 0
     threads: int = 1
     max_skipped: int = 0
+    features: str = ""
 
     def __post_init__(self) -> None:
         _check_positive("data.text_length", self.text_length)
@@ -115,6 +118,8 @@ class DatasetsConfig:
       max_skipped: examples that may turn out unreadable before the run stops.
       workers: processes that make batches; 0: this one does.
       threads: that make batches ahead, of this process or of each worker.
+      features: the directory of the segmenter's features of all that is trained on, which
+        `--mode cache_features` has written; "": they are computed in each step.
     """
 
     train: tuple[DatasetConfig, ...]
@@ -126,6 +131,7 @@ class DatasetsConfig:
     max_skipped: int = 100
     workers: int = 0
     threads: int = 2
+    features: str = ""
 
     def __post_init__(self) -> None:
         _check_positive("data.phrases", self.phrases)
@@ -271,6 +277,30 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureCacheConfig:
+    """How `--mode cache_features` writes what `data.features` reads.
+
+    Attributes:
+      dtype: "float32", "bfloat16", or "int8" with a scale for each channel of each image.
+      batch_size: images at a time, over the devices of a process.
+      images_a_file: of the files that are written; what is under way when the command is killed is
+        computed again.
+    """
+
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    images_a_file: int = 500
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED:
+            raise UserError(
+                f"feature_cache.dtype: expected one of {', '.join(STORED)}, found {self.dtype!r}"
+            )
+        for key in ("batch_size", "images_a_file"):
+            _check_positive(f"feature_cache.{key}", getattr(self, key))
+
+
+@dataclasses.dataclass(frozen=True)
 class PaperRow:
     """The row of the paper's tables that an experiment is about.
 
@@ -317,6 +347,7 @@ class ExperimentConfig:
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = 100
     profile_every: int = 0
+    feature_cache: FeatureCacheConfig = FeatureCacheConfig()
     paper: PaperRow | None = None
 
     def __post_init__(self) -> None:
@@ -358,6 +389,9 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
         evaluation=_build(EvaluationConfig, values["evaluation"], "config.evaluation"),
         init=init,
         mesh=_build(MeshConfig, values.get("mesh", {}), "config.mesh"),
+        feature_cache=_build(
+            FeatureCacheConfig, values.get("feature_cache", {}), "config.feature_cache"
+        ),
         checkpoints=_build(CheckpointConfig, values.get("checkpoints", {}), "config.checkpoints"),
         paper=_build(PaperRow, values["paper"], "config.paper") if values.get("paper") else None,
     )

@@ -36,18 +36,21 @@ def initial_params(
     config: ExperimentConfig,
     shardings: Mapping[str, NamedSharding] | None = None,
     cast: frozenset[str] = frozenset(),
+    only: str = "",
 ) -> Params:
     """All parameters, each times its factor in `init.scale`.
 
     Args:
       shardings: where the leaf of each '/'-path lives; None: on the default device.
       cast: paths of those that `init.frozen_dtype` is for; all others are float32.
+      only: regex of the paths that are wanted; of the others nothing is read or drawn.
 
     Raises:
       UserError: a directory has not the parameters that the model needs.
     """
     shapes = path_leaves(param_shapes(config.model))
     factors = match_rules(config.init.scale, shapes, "init.scale")
+    shapes = {path: leaf for path, leaf in shapes.items() if re.match(only, path)}
     directories = init_directories(config.init)
 
     def dtype(path: str) -> str:
@@ -56,10 +59,12 @@ def initial_params(
     leaves: dict[str, Any] = {}
     for key, (directory, pattern) in directories.items():
         expected = {path: leaf for path, leaf in shapes.items() if re.match(pattern, path)}
+        if not expected:
+            continue
         _check_leaves(key, directory, expected)
         # A foundation may have more, such as the tower of a modality that is left out.
-        only = "|".join(f"^{re.escape(path)}$" for path in expected)
-        for path, leaf in iterate_params(directory, only=only):
+        wanted = "|".join(f"^{re.escape(path)}$" for path in expected)
+        for path, leaf in iterate_params(directory, only=wanted):
             scaled = leaf if factors[path] == 1 else factors[path] * leaf
             leaves[path] = _put(path, scaled.astype(dtype(path)), shardings)
     random = {path: factors[path] for path in shapes if path not in leaves}

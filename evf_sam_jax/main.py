@@ -1,10 +1,11 @@
-"""The command that trains, evaluates, plans a training, and looks at a failed step again.
+"""The command that trains, evaluates, plans a training, caches features, and replays a failure.
 
     python -m evf_sam_jax.main --config configs/shapes.py --workdir runs/shapes
     python -m evf_sam_jax.main --config configs/evaluate.py:model=runs/shapes/model \
         --workdir runs/shapes_val --mode evaluate
     python -m evf_sam_jax.main --config configs/shapes.py --workdir runs/shapes --mode replay
     python -m evf_sam_jax.main --config configs/shapes.py --mode plan --devices 8
+    python -m evf_sam_jax.main --config CONFIG --workdir FEATURES --mode cache_features
 
 Any value of the config can be changed: `--config.stages.referring.steps=100`.
 """
@@ -23,10 +24,11 @@ from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.evaluation.config import job_from_dict
 from evf_sam_jax.evaluation.job import evaluate
 from evf_sam_jax.experiment import experiment_from_dict
+from evf_sam_jax.feature_cache import cache_features
 from evf_sam_jax.replay import replay
 from evf_sam_jax.train import train
 
-MODES = ("train", "evaluate", "replay", "plan")
+MODES = ("train", "evaluate", "replay", "plan", "cache_features")
 
 
 def define_flags() -> None:
@@ -61,6 +63,8 @@ def main(argv: list[str]) -> None:
         logging.info("devices: %s", jax.devices())
         if options.mode == "train":
             train(experiment_from_dict(values), workdir)
+        elif options.mode == "cache_features":
+            cache_features(experiment_from_dict(values), workdir)
         elif options.mode == "replay":
             replay(experiment_from_dict(values), workdir)
         else:

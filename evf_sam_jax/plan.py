@@ -64,7 +64,7 @@ from evf_sam_jax.sharding import (
 from evf_sam_jax.stage import Stage, make_stage
 from evf_sam_jax.tpu_topology import ENVIRONMENT as TPU_ENVIRONMENT
 from evf_sam_jax.tpu_topology import tpu_devices
-from evf_sam_jax.training_data import batch_spec
+from evf_sam_jax.training_data import batch_spec, open_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,9 @@ def plan_experiment(
 def plan_stage(stage: Stage) -> StagePlan:
     """Counts, traces and compiles one stage, see the top of this file."""
     config, experiment, shapes = stage.config, stage.experiment, stage.shapes
-    spec = batch_spec(experiment, config, config.batch_size, shrink=True)
+    cached = open_features(experiment.data)
+    layout = None if cached is None else cached.manifest.layout
+    spec = batch_spec(experiment, config, config.batch_size, shrink=True, features=layout)
     batch = batch_shapes(spec, batch_sharding(stage.mesh))
     share = config.batch_size // (stage.mesh.size * config.accumulate)
     own = batch_shapes(dataclasses.replace(spec, batch_size=share))

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from data_pipelines.batch import Batch
+from data_pipelines.batch import Batch, CachedFeatures
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import ExperimentConfig
 from evf_sam_jax.model_dir import path_leaves
@@ -31,6 +31,8 @@ from evf_sam_jax.train_state import TrainState
 from evf_sam_jax.train_step import make_loss
 
 FOLDER = "failure"
+# What cached features are called in the file of a batch.
+_FINISHED, _VALUES, _SCALES = "features_finished", "features_values_", "features_scales_"
 
 
 def save_failure(
@@ -49,6 +51,7 @@ def save_failure(
         checkpointer.save(folder / "state", dataclasses.replace(state, finite=state.step >= 0))
     rows = process_rows(stage.mesh, stage.config.batch_size)
     fields = {name: value for name, value in vars(batch).items() if value is not None}
+    fields |= _feature_fields(fields.pop("image_features", None))
     with (folder / f"batch-{jax.process_index()}.npz").open("wb") as file:
         np.savez_compressed(file, rows=np.array(rows), **fields)
     if jax.process_index() == 0:
@@ -157,5 +160,21 @@ def _read_batch(folder: epath.Path, batch_size: int) -> Batch:
             f"{folder}/batch-*.npz: expected the {batch_size} rows of the batch, found {len(rows)}"
         )
     order = np.argsort(rows)
+    finished = [bool(part.pop(_FINISHED, True)) for part in parts]
     fields = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
-    return Batch(**{"sam_image": None, **fields})
+    values, scales = (
+        [fields.pop(name) for name in sorted(fields) if name.startswith(kind)]
+        for kind in (_VALUES, _SCALES)
+    )
+    cached = CachedFeatures(tuple(values), tuple(scales), finished[0]) if values else None
+    return Batch(**{"sam_image": None, "image_features": cached, **fields})
+
+
+def _feature_fields(cached: CachedFeatures | None) -> dict[str, np.ndarray]:
+    """Cached features as arrays with names, bfloat16 as the float32 that it is."""
+    if cached is None:
+        return {}
+    fields = {_FINISHED: np.array(cached.finished)}
+    for i, value in enumerate(cached.values):
+        fields[f"{_VALUES}{i}"] = value if value.dtype == np.int8 else value.astype(np.float32)
+    return fields | {f"{_SCALES}{i}": scale for i, scale in enumerate(cached.scales)}

@@ -103,14 +103,16 @@ class Stage:
         # Each has an order of its own: otherwise the second would begin with the same images.
         seed = self.experiment.seed + 1 + [other.name for other in stages].index(self.config.name)
         size = self.config.batch_size
+        layout = None if data.features is None else data.features.manifest.layout
         return train_dataset(
             data.mixture,
             tokenizer,
-            batch_spec(self.experiment, self.config, size, shrink=True),
+            batch_spec(self.experiment, self.config, size, shrink=True, features=layout),
             seed=seed,
             steps=self.config.steps,
             rows=None if whole else process_rows(self.mesh, size),
             buckets=data.buckets,
+            features=data.features,
         )
 
 

@@ -31,6 +31,7 @@ from evf_sam_jax.checkpoints import Checkpoints, is_begun
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.evaluation.held_out import evaluate, make_count_step, prediction_panel
 from evf_sam_jax.experiment import ExperimentConfig
+from evf_sam_jax.feature_cache import check_features, check_fingerprint
 from evf_sam_jax.flops import peak_flops
 from evf_sam_jax.initialize import finished_model, initial_params, tokenizer_directory
 from evf_sam_jax.metrics import IouSums, StepMetrics
@@ -83,6 +84,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
     workdir = run_directory(workdir)
     stages = make_stages(config, make_mesh(config.mesh))
     data = open_data(config)
+    check_features(config, data)
     first = jax.process_index() == 0
     notes = _open_workdir(config, workdir, data, stages)
     with RunLog(workdir, silent=not first) as log, PreemptionNotice() as notice:
@@ -144,6 +146,8 @@ def run_stage(
         log.forget_after(names[names.index(name) :], start)
         skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
         check_placement(state, stage.placement)
+        if data.features is not None:
+            check_fingerprint(experiment, data.features, merge(state.trainable, state.frozen))
         _describe(stage, state, start, log)
         count_step = make_count_step(stage.model, stage.prompts, mesh)
         rows = eval_rows(data.held_out, data.phrases)

@@ -20,6 +20,7 @@ from evf_sam_jax.models.evf_sam import (
     decode,
     encode_image,
     encode_phrases,
+    finish_features,
     padded_frame,
     split_strided,
 )
@@ -49,10 +50,7 @@ def predict_masks(
 
     Needs only the modules of `params` that the prompts make use of; `train` as of `decode`.
     """
-    features = batch.image_features
-    if features is None:
-        assert batch.sam_image is not None, "a batch has images or their features"
-        features = encode_image(config, params, batch.sam_image, batch.sam_size)
+    features = _image_features(config, params, batch)
     decoded = functools.partial(_decode, config, params, train)
     if prompts == "points_and_boxes":
         half = batch.sam_size.shape[0] // 2
@@ -179,6 +177,21 @@ def _choose(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> T
         dataclasses.replace(before, frozen={}),
     )
     return dataclasses.replace(chosen, frozen=after.frozen)
+
+
+def _image_features(config: EvfSamConfig, params: Params, batch: Batch) -> ImageFeatures:
+    """Computes the features of the images, or takes those that were cached."""
+    cached = batch.image_features
+    if cached is None:
+        assert batch.sam_image is not None, "a batch has images or their features"
+        return encode_image(config, params, batch.sam_image, batch.sam_size)
+    values = [value.astype(jnp.float32) for value in cached.values]
+    if cached.scales:
+        values = [
+            value * scale[:, None, None] for value, scale in zip(values, cached.scales, strict=True)
+        ]
+    features = ImageFeatures(embedding=values[0], high_res=tuple(values[1:]))
+    return features if cached.finished else finish_features(config, params, features)
 
 
 def _decode(

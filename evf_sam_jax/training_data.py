@@ -10,6 +10,7 @@ from etils import epath
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.buckets import Buckets
 from data_pipelines.datasets import find_dataset
+from data_pipelines.features import FeatureStore, Layout
 from data_pipelines.mixture import Mixture, exclude_images
 from data_pipelines.prepared import open_prepared, read_manifest
 from data_pipelines.shapes import ShapesSource
@@ -34,12 +35,14 @@ class TrainingData:
       held_out: what it is measured on.
       phrases: k, phrases an image.
       buckets: the shapes to choose from for each batch; None: the largest for all.
+      features: of the images it is trained on; None: they are computed.
     """
 
     mixture: Mixture
     held_out: Source
     phrases: int
     buckets: Buckets | None
+    features: FeatureStore | None = None
 
     def fingerprints(self) -> dict[str, str]:
         """Each data set by its place -> what tells it from another."""
@@ -49,7 +52,11 @@ class TrainingData:
 
 
 def batch_spec(
-    config: ExperimentConfig, stage: StageConfig, batch_size: int, shrink: bool
+    config: ExperimentConfig,
+    stage: StageConfig,
+    batch_size: int,
+    shrink: bool,
+    features: Layout | None = None,
 ) -> BatchSpec:
     """The largest shapes of batches, as far as they do not depend on what is in the data."""
     data, model = config.data, config.model
@@ -66,6 +73,7 @@ def batch_spec(
         canvas=canvas,
         prompts=stage.prompts != "text",
         shrink=shrink,
+        features=features,
     )
 
 
@@ -88,7 +96,7 @@ def open_data(config: ExperimentConfig) -> TrainingData:
         train = ShapesSource("train", data.shapes)
         held_out = ShapesSource(config.evaluation.split, data.shapes, images)
         mixture = Mixture((train,), (1.0,))
-        return TrainingData(mixture, held_out, data.shapes.phrases, None)
+        return TrainingData(mixture, held_out, data.shapes.phrases, None, open_features(data))
     for entry in data.train:
         if find_dataset(entry.name).evaluation_only:
             raise UserError(
@@ -110,7 +118,12 @@ def open_data(config: ExperimentConfig) -> TrainingData:
     mixture = Mixture(tuple(sources), tuple(entry.weight for entry in data.train))
     together = Mixture(tuple(_first(source, images) for source in held_out), (1.0,) * len(held_out))
     buckets = Buckets(_text_lengths(config, data), data.canvases)
-    return TrainingData(mixture, together, data.phrases, buckets)
+    return TrainingData(mixture, together, data.phrases, buckets, open_features(data))
+
+
+def open_features(data: ShapesDataConfig | DatasetsConfig) -> FeatureStore | None:
+    """The store that `data.features` names. Raises UserError if it is none, or not whole."""
+    return FeatureStore(data.features) if data.features else None
 
 
 def _text_lengths(config: ExperimentConfig, data: DatasetsConfig) -> tuple[int, ...]:

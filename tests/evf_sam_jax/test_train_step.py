@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.batch import Batch
+from data_pipelines.batch import Batch, CachedFeatures
 from evf_sam_jax.experiment import StageConfig
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.losses import bce_and_dice
@@ -147,7 +147,8 @@ def test_cached_image_features_replace_the_image():
     given = data("referring")
     encode = jax.jit(functools.partial(encode_image, MODEL))
     features = encode(params(), given.sam_image, given.sam_size)
-    cached = dataclasses.replace(given, sam_image=None, image_features=features)
+    cached = CachedFeatures((features.embedding,))
+    cached = dataclasses.replace(given, sam_image=None, image_features=cached)
     np.testing.assert_allclose(
         compiled_masks("text")(params(), cached),
         compiled_masks("text")(params(), given),

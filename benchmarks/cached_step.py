@@ -1,0 +1,115 @@
+"""A training step that reads the segmenter's features beside one that computes them.
+
+    python -m benchmarks.cached_step --phrases 3
+    python -m benchmarks.cached_step --phrases 1
+
+BEiT-3-L and SAM ViT-H of random weights in float32, forward and backward pass, on images and
+phrases of the embedded data set: by turns with images and with the features that were computed of
+them before. The optimizer's update, which both share, is timed apart. Beside the ratio of times is
+that of operations, as `evf_sam_jax.flops` counts them. 13 GB of memory.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.alternation import print_comparison
+from configs.refcoco import get_config
+from data_pipelines.assemble import BatchSpec, Slot, assemble
+from data_pipelines.batch import Batch, CachedFeatures
+from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
+from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax.experiment import ExperimentConfig, experiment_from_dict
+from evf_sam_jax.flops import step_flops, without_remat
+from evf_sam_jax.initialize import initial_params
+from evf_sam_jax.model_inputs import tower_images
+from evf_sam_jax.models.evf_sam import EvfSamConfig, encode_image, with_dtype
+from evf_sam_jax.optimizer import make_optimizer
+from evf_sam_jax.param_rules import Params
+from evf_sam_jax.train_state import split_params
+from evf_sam_jax.train_step import make_loss
+
+
+def experiment() -> ExperimentConfig:
+    """The paper's recipe in float32, an image at a time through the segmenter's encoder."""
+    config = experiment_from_dict(get_config("foundations=none,data=none").to_dict())
+    model = with_dtype(config.model, "float32")
+    segmenter = dataclasses.replace(model.segmenter, encoder_chunk=1)
+    return dataclasses.replace(config, model=dataclasses.replace(model, segmenter=segmenter))
+
+
+def read_batch(model: EvfSamConfig, images: int, phrases: int) -> Batch:
+    """The first images of the embedded data set, with so many phrases each."""
+    spec = BatchSpec(images, phrases, text_length=32, images=tower_images(model), canvas=(128, 128))
+    source = ShapesSource("train")
+    slots = [Slot(source.read(i, range(phrases))) for i in range(images)]
+    return assemble(slots, spec, load_tokenizer(SHAPES_TOKENIZER))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--phrases", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    config = experiment()
+    trainable = compare(config, options.images, options.phrases, options.repeats)
+    print(f"\noptimizer: {update_seconds(config, trainable):.2f} s an update")
+
+
+def compare(config: ExperimentConfig, images: int, phrases: int, repeats: int) -> Params:
+    """Times forward and backward pass by turns; returns the trainable parameters."""
+    model, stage = config.model, config.stages[0]
+    trainable, frozen = split_params(initial_params(config), stage.trainable)
+    given = jax.device_put(read_batch(model, images, phrases))
+    features = jax.jit(encode_image, static_argnums=0)(
+        model, frozen, given.sam_image, given.sam_size
+    )
+    stored = CachedFeatures((features.embedding, *features.high_res))
+    cached = dataclasses.replace(given, sam_image=None, image_features=stored)
+    count = given.phrase_valid.sum(dtype=jnp.float32)
+    loss = make_loss(model, "text", stage.loss)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def step(batch: Batch) -> float:
+        (value, _), _ = jax.block_until_ready(gradient(trainable, frozen, batch, count))
+        return float(value)
+
+    print(f"losses {step(given):.7f} and {step(cached):.7f}")
+    counted = make_loss(without_remat(model), "text", stage.loss)
+    computed, read = (
+        step_flops(counted, trainable, frozen, batch, count, has_aux=True)
+        for batch in (given, cached)
+    )
+    print(
+        f"operations of a step: {computed / 1e12:.2f}e12 and {read / 1e12:.2f}e12, "
+        f"ratio {computed / read:.2f}"
+    )
+    print_comparison(
+        f"{images} images of {phrases} phrases, forward and backward pass",
+        {"features read": lambda: step(cached), "features computed": lambda: step(given)},
+        repeats,
+    )
+    return trainable
+
+
+def update_seconds(config: ExperimentConfig, trainable: Params) -> float:
+    """The median of a few updates of AdamW, of gradients that are the parameters."""
+    optimizer = make_optimizer(config.stages[0].optimizer, 100, trainable)
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    state = jax.jit(optimizer.init)(trainable)
+    seconds = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        updates, state = jax.block_until_ready(update(trainable, state, trainable))
+        seconds.append(time.perf_counter() - begin)
+        del updates
+    return statistics.median(seconds[1:])  # the first compiles
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,466 @@
+"""Frozen features of a segmenter, computed once for all that a run is trained on.
+
+    python -m evf_sam_jax.main --mode cache_features --config CONFIG --workdir FEATURES
+    python -m evf_sam_jax.main --config CONFIG --config.data.features=FEATURES --workdir RUN
+
+An image that no augmentation changes has the same features in each epoch, and computing them is
+most of a training step. Each picture of the mixture is encoded once, over all devices and
+processes; of processes, each writes files of its own to the directory, which they share. Started
+again, the command goes on with the files that are missing.
+
+Features are those of one segmenter: training compares the fingerprint of its own parameters, sizes
+and dtypes with theirs, and refuses others. SAM-2's end before the two convolutions that belong to
+its decoder where a stage trains them, and then take five times the space.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8, UInt32
+from tqdm import tqdm
+
+from data_pipelines.features import (
+    MANIFEST,
+    FeatureManifest,
+    FeatureStore,
+    Layout,
+    image_key,
+    keys_name,
+    read_feature_manifest,
+    short_keys,
+)
+from data_pipelines.mixture import Mixture
+from data_pipelines.record_files import (
+    finished_shard,
+    is_remote,
+    remove_leftovers,
+    reporting,
+    shard_name,
+    whole_file,
+    write_shard,
+    write_text,
+)
+from data_pipelines.source import IndexedSource
+from data_pipelines.tower_images import TowerImages
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import ExperimentConfig
+from evf_sam_jax.initialize import initial_params
+from evf_sam_jax.model_dir import path_leaves, require_space
+from evf_sam_jax.model_inputs import tower_images
+from evf_sam_jax.models.evf_sam import EvfSamConfig, encode_image, param_shapes
+from evf_sam_jax.models.families import tower_to_dict
+from evf_sam_jax.param_rules import Params
+from evf_sam_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from evf_sam_jax.stage import cast_when_frozen, never_trained, on_devices
+from evf_sam_jax.training_data import TrainingData, open_data
+
+ENCODER = "segmenter/image_encoder/"
+# Images of each data set that are looked up when a run begins, evenly over it.
+PROBED = 4
+# Of a segmenter, what changes no feature.
+_WITHOUT_EFFECT = ("remat", "encoder_chunk")
+
+# The segmenter's frame of an image, and height and width of its content.
+Frame = tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]
+# An index of the mixture, with the key of the image and its frame, or why it cannot be read.
+Read = tuple[int, bytes, Frame | None, str]
+
+
+def cache_features(config: ExperimentConfig, directory: str | os.PathLike) -> FeatureManifest:
+    """Writes the features of all images that the experiment is trained on, or what is missing.
+
+    Raises:
+      UserError: as `write_features`, or the data cannot be opened.
+    """
+    # The config may be the one of the training, which names features that are not there yet.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
+    ends_finished(config)
+    return write_features(config, open_data(config).mixture, directory)
+
+
+def write_features(
+    config: ExperimentConfig, mixture: Mixture, directory: str | os.PathLike
+) -> FeatureManifest:
+    """Writes the features of each picture of the mixture, or what is missing.
+
+    Raises:
+      UserError: a stage trains the image encoder, or the directory cannot be written, or holds
+        features of another segmenter.
+    """
+    if is_remote(directory):
+        raise UserError(f"--workdir: expected a local or mounted directory, found {directory}")
+    finished = ends_finished(config)
+    rows = distinct_images(mixture)
+    mesh = make_mesh(MeshConfig(data=len(jax.local_devices())), jax.local_devices())
+    layout = feature_layout(config.model, config.feature_cache.dtype, finished)
+    if jax.process_index() == 0:
+        logging.info(
+            "%d images, %.1f MB each: %.1f GB",
+            len(rows),
+            layout.record_bytes / 1e6,
+            len(rows) * layout.record_bytes / 1e9,
+        )
+    params = initial_params(
+        config,
+        dict.fromkeys(_encoder_paths(config), replicated(mesh)),
+        cast_when_frozen(config),
+        ENCODER,
+    )
+    fingerprint = features_fingerprint(config.model, params, finished)
+    tasks = _tasks(mixture, rows, layout, fingerprint, config.feature_cache.images_a_file)
+    folder = epath.Path(directory)
+    _prepare_directory(folder, tasks, layout, fingerprint, len(rows))
+    mine = tasks[jax.process_index() :: jax.process_count()]
+    with jax.set_mesh(mesh), tqdm(total=sum(len(task.rows) for task in mine), unit="image") as bar:
+        encode = _make_encode(config, mesh, params, layout)
+        for task in mine:
+            if finished_shard(folder, task.file, task.fingerprint) is None:
+                _write_task(folder, task, mixture, tower_images(config.model), encode, layout)
+            bar.update(len(task.rows))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("features are written")
+    shards = [finished_shard(folder, task.file, task.fingerprint) for task in tasks]
+    manifest = FeatureManifest(fingerprint, layout, tuple(filter(None, shards)))
+    if len(manifest.shards) < len(tasks):
+        raise UserError(
+            f"{folder}: expected {len(tasks)} files, found {len(manifest.shards)}; do all "
+            "processes write to the same directory?"
+        )
+    if jax.process_index() == 0:
+        write_text(folder / MANIFEST, manifest.to_json())
+        _report(mixture, manifest)
+    return manifest
+
+
+def ends_finished(config: ExperimentConfig) -> bool:
+    """Whether features may be cached as the decoder takes them, since no stage trains any of it.
+
+    Raises:
+      UserError: a stage trains what they are computed by.
+    """
+    trained = sorted(_encoder_paths(config) - never_trained(config))
+    pattern = config.model.segmenter.finishing
+    others = [path for path in trained if not (pattern and re.fullmatch(pattern, path))]
+    if others:
+        raise UserError(
+            f"features can be cached of an image encoder that no stage trains; found {others[0]} "
+            f"and {len(others) - 1} more that one does"
+        )
+    return not trained
+
+
+def check_features(config: ExperimentConfig, data: TrainingData) -> None:
+    """Looks whether the cached features are of this model's shapes, and of this run's images.
+
+    Raises:
+      UserError: they are not, or a stage trains what they are computed by.
+    """
+    store = data.features
+    if store is None:
+        return
+    layout, finished = store.manifest.layout, ends_finished(config)
+    expected = feature_layout(config.model, layout.dtype, layout.finished)
+    if layout != expected:
+        raise UserError(
+            f"data.features: expected arrays of {_shapes(expected)} an image, found "
+            f"{_shapes(layout)} in {store.directory}"
+        )
+    if layout.finished and not finished:
+        raise UserError(
+            f"data.features: expected features that end before what a stage trains "
+            f"({config.model.segmenter.finishing}), found some that end after it in "
+            f"{store.directory}"
+        )
+    for source in data.mixture.sources:
+        probed = range(0, len(source), max(1, len(source) // PROBED))
+        missing = [index for index in probed if not _has(store, source, index)]
+        if len(missing) == len(probed):
+            raise UserError(
+                f"data.features: expected features of {source.describe(missing[0])}, found none "
+                f"of {len(probed)} images that were looked up in {store.directory}"
+            )
+
+
+def check_fingerprint(config: ExperimentConfig, store: FeatureStore, params: Params) -> None:
+    """Raises UserError unless features were computed by these parameters.
+
+    Args:
+      params: with all of the image encoder that features are computed by.
+    """
+    found = features_fingerprint(config.model, params, store.manifest.layout.finished)
+    if found != store.manifest.fingerprint:
+        raise UserError(
+            f"data.features: expected features of this run's segmenter ({found}), found those of "
+            f"another, or of another dtype or profile ({store.manifest.fingerprint}) in "
+            f"{store.directory}"
+        )
+
+
+def feature_layout(config: EvfSamConfig, dtype: str, finished: bool) -> Layout:
+    """The arrays that are stored of an image."""
+    side = config.segmenter.image_size
+    leaves = jax.eval_shape(
+        functools.partial(_encode, config, finished),
+        param_shapes(config),
+        jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+    )
+    return Layout(tuple(tuple(leaf.shape[1:]) for leaf in leaves), dtype, finished)
+
+
+def features_fingerprint(config: EvfSamConfig, params: Params, finished: bool) -> str:
+    """A short text that changes with whatever features depend on, but for the image.
+
+    Parameters are summed as integers, so it is the same however they are split over devices.
+    """
+    segmenter = tower_to_dict(config.segmenter)
+    sizes = {key: value for key, value in segmenter.items() if key not in _WITHOUT_EFFECT}
+    images = tower_images(config)
+    used = {
+        path: leaf
+        for path, leaf in path_leaves(params).items()
+        if path.startswith(ENCODER)
+        and (finished or not re.fullmatch(config.segmenter.finishing, path))
+    }
+    sums = jax.device_get({path: _checksum(leaf) for path, leaf in used.items()})
+    what = {
+        "segmenter": sizes,
+        "profile": config.profile,
+        "frame": (images.frame, images.fit, images.stretched_later),
+        "finished": finished,
+        "params": {
+            path: (str(used[path].dtype), used[path].shape, *map(int, sums[path]))
+            for path in sorted(used)
+        },
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def distinct_images(mixture: Mixture) -> list[int]:
+    """Indices of the mixture, each picture once where data sets name their pictures alike."""
+    rows, seen, begin = [], set(), 0
+    for source in mixture.sources:
+        for row in range(len(source)):
+            if isinstance(source, IndexedSource):
+                name = source.index.image_id(int(source.images[row]))
+                if name in seen:
+                    continue
+                seen.add(name)
+            rows.append(begin + row)
+        begin += len(source)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One file to write: of these indices of the mixture."""
+
+    file: str
+    rows: Sequence[int]
+    fingerprint: str
+
+
+def _tasks(
+    mixture: Mixture, rows: Sequence[int], layout: Layout, fingerprint: str, images_a_file: int
+) -> list[_Task]:
+    count = -(-len(rows) // images_a_file)
+    bounds = [i * len(rows) // count for i in range(count + 1)]
+    tasks = []
+    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        own = rows[begin:end]
+        names = "\0".join(mixture.describe(row) for row in own)
+        digest = hashlib.sha256(f"{layout}\0{fingerprint}\0{names}".encode()).hexdigest()[:16]
+        tasks.append(_Task(shard_name("features", i, count), own, digest))
+    return tasks
+
+
+def _prepare_directory(
+    folder: epath.Path, tasks: Sequence[_Task], layout: Layout, fingerprint: str, images: int
+) -> None:
+    """Makes the directory, or looks whether it is to be gone on with. The first process does it."""
+    found = read_feature_manifest(folder)
+    if found is not None and (found.fingerprint, found.layout) != (fingerprint, layout):
+        raise UserError(
+            f"--workdir: expected nothing, or features of the same segmenter and dtype, found "
+            f"others in {folder}; remove it first"
+        )
+    if jax.process_index() == 0:
+        with reporting(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        done = [task for task in tasks if finished_shard(folder, task.file, task.fingerprint)]
+        images -= sum(len(task.rows) for task in done)
+        require_space(Path(folder) / MANIFEST, images * layout.record_bytes)
+        if len(done) < len(tasks):
+            (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
+        remove_leftovers(folder, [task.file for task in tasks])
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the directory is there")
+
+
+def _write_task(
+    folder: epath.Path,
+    task: _Task,
+    mixture: Mixture,
+    images: TowerImages,
+    encode: "_Encode",
+    layout: Layout,
+) -> None:
+    keys: list[bytes] = []
+
+    def records() -> Iterator[bytes | tuple[int, str]]:
+        for row, key, features in _encoded(task.rows, mixture, images, encode):
+            if isinstance(features, str):
+                yield row, features
+            else:
+                keys.append(key)
+                yield layout.encode(key, features)
+        # Before the file counts as finished.
+        path = folder / keys_name(task.file)
+        with reporting(path), whole_file(path) as local, local.open("wb") as file:
+            np.save(file, short_keys(keys))
+
+    write_shard(folder, task.file, task.fingerprint, records())
+
+
+def _encoded(
+    rows: Sequence[int],
+    mixture: Mixture,
+    images: TowerImages,
+    encode: "_Encode",
+) -> Iterator[tuple[int, bytes, Sequence[np.ndarray] | str]]:
+    """Each row with its key and features, or with why it has none; in order.
+
+    The host reads the next images while the devices compute.
+    """
+
+    def read(row: int) -> Read:
+        try:
+            image = mixture.read(row, ()).image
+        except UserError as error:
+            return row, b"", None, str(error)
+        return row, image_key(image), images.segmenter(image), ""
+
+    def groups() -> Iterator[tuple[list[Read], Any]]:
+        with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+            for begin in range(0, len(rows), encode.batch_size):
+                group = list(pool.map(read, rows[begin : begin + encode.batch_size]))
+                frames = [one[2] for one in group if one[2] is not None]
+                yield group, encode(frames) if frames else None
+
+    pending: collections.deque = collections.deque()
+    for item in groups():
+        pending.append(item)
+        if len(pending) > 1:
+            yield from _split(*pending.popleft())
+    for item in pending:
+        yield from _split(*item)
+
+
+def _split(group: Sequence[Read], features: Any) -> Iterator[Any]:
+    """The features of a group, brought to the host, with the images that they are of."""
+    arrays = None if features is None else jax.device_get(features)
+    at = 0
+    for row, key, frame, reason in group:
+        if frame is None:
+            yield row, key, reason
+        else:
+            yield row, key, [array[at] for array in arrays or ()]
+            at += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode:
+    """The compiled encoder, for up to `batch_size` images."""
+
+    batch_size: int
+    compiled: Callable[..., Any]
+    params: Params
+
+    def __call__(self, frames: Sequence[Frame]) -> Any:
+        missing = self.batch_size - len(frames)
+        padded = [*frames, *[frames[-1]] * missing]
+        image = np.stack([frame for frame, _ in padded])
+        size = np.array([content for _, content in padded], np.int32)
+        return self.compiled(self.params, image, size)
+
+
+def _make_encode(config: ExperimentConfig, mesh: Mesh, params: Params, layout: Layout) -> _Encode:
+    model = on_devices(config.model, mesh.size)
+    # int8 is made on the host, of exact values.
+    dtype = jnp.bfloat16 if layout.dtype == "bfloat16" else jnp.float32
+
+    def encode(params: Params, image: Array, size: Array) -> tuple[Array, ...]:
+        leaves = _encode(model, layout.finished, params, image, size)
+        return tuple(leaf.astype(dtype) for leaf in leaves)
+
+    batch = batch_sharding(mesh)
+    compiled = jax.jit(encode, in_shardings=(replicated(mesh), batch, batch), out_shardings=batch)
+    size = config.feature_cache.batch_size
+    return _Encode(-(-size // mesh.size) * mesh.size, compiled, params)
+
+
+def _encode(
+    config: EvfSamConfig, finished: bool, params: Params, image: Array, size: Array
+) -> tuple[Array, ...]:
+    features = encode_image(config, params, image, size, finished)
+    return features.embedding, *features.high_res
+
+
+@jax.jit
+def _checksum(leaf: Array) -> UInt32[Array, " 2"]:
+    """Two sums of the bits of all values, one of them weighted by place, modulo 2^32."""
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, length in enumerate(leaf.shape):
+        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    weight = place * jnp.uint32(0x9E3779B1) | jnp.uint32(1)
+    return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * weight).sum(dtype=jnp.uint32)])
+
+
+def _encoder_paths(config: ExperimentConfig) -> frozenset[str]:
+    shapes = path_leaves(param_shapes(config.model))
+    return frozenset(path for path in shapes if path.startswith(ENCODER))
+
+
+def _has(store: FeatureStore, source: Any, index: int) -> bool:
+    """Whether the features of an image can be read, if the image can."""
+    try:
+        image = source.read(index, ()).image
+    except UserError:
+        return True
+    try:
+        store.read(image)
+    except UserError:
+        return False
+    return True
+
+
+def _shapes(layout: Layout) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in layout.shapes)
+
+
+def _report(mixture: Mixture, manifest: FeatureManifest) -> None:
+    left_out = [pair for shard in manifest.shards for pair in shard.left_out]
+    for row, reason in left_out[:10]:
+        logging.warning("%s was left out: %s", mixture.describe(row), reason)
+    if left_out:
+        logging.warning("%d images were left out, since they cannot be read", len(left_out))
+    size = sum(shard.bytes for shard in manifest.shards)
+    logging.info("%d images have features, in %.2f GB", manifest.images, size / 1e9)

@@ -1,0 +1,307 @@
+"""Cached features train as the images do, and those of another segmenter are refused."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.batch import Batch
+from data_pipelines.features import FeatureStore
+from data_pipelines.mixture import Mixture
+from data_pipelines.record_files import Shard
+from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
+from data_pipelines.source import IndexedSource, LooseFiles
+from data_pipelines.tokenizers import load_tokenizer
+from evf_sam_jax import feature_cache
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.experiment import ExperimentConfig, FeatureCacheConfig, StageConfig
+from evf_sam_jax.feature_cache import (
+    check_features,
+    check_fingerprint,
+    distinct_images,
+    features_fingerprint,
+    write_features,
+)
+from evf_sam_jax.initialize import initial_params
+from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.sam2.config import Sam2Config
+from evf_sam_jax.param_rules import Params
+from evf_sam_jax.sharding import make_mesh
+from evf_sam_jax.stage import make_stage
+from evf_sam_jax.train_step import make_loss
+from evf_sam_jax.training_data import TrainingData
+from tests.data_pipelines.tiny_dataset import TinyDataset
+from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, REFERRING
+
+IMAGES = 5
+TOKENIZER = load_tokenizer(SHAPES_TOKENIZER)
+STAGE = dataclasses.replace(REFERRING, name="referring", steps=3)
+SAM = dataclasses.replace(
+    EXPERIMENT, stages=(STAGE,), feature_cache=FeatureCacheConfig("float32", 8, 3)
+)
+# Its decoder is trained, with what the original counts to it.
+TRAINS_SKIPS = dataclasses.replace(
+    STAGE,
+    trainable=(("segmenter/image_encoder/neck/conv_s[01]/.*", True), *STAGE.trainable),
+)
+SAM2 = dataclasses.replace(
+    SAM, model=dataclasses.replace(MODEL, segmenter=Sam2Config.tiny()), stages=(TRAINS_SKIPS,)
+)
+
+
+def with_dtype(config: ExperimentConfig, dtype: str) -> ExperimentConfig:
+    return dataclasses.replace(
+        config, feature_cache=dataclasses.replace(config.feature_cache, dtype=dtype)
+    )
+
+
+def params(config: ExperimentConfig) -> Params:
+    return params_of(config.model)
+
+
+@functools.cache
+def params_of(model: EvfSamConfig) -> Params:
+    return initial_params(dataclasses.replace(EXPERIMENT, model=model))
+
+
+def mixture(images: int = IMAGES) -> Mixture:
+    return Mixture((ShapesSource("train", EXPERIMENT.data.shapes, images),), (1.0,))
+
+
+def data(store: FeatureStore | None = None, images: int = IMAGES) -> TrainingData:
+    held_out = ShapesSource("val", EXPERIMENT.data.shapes, 1)
+    return TrainingData(mixture(images), held_out, EXPERIMENT.data.shapes.phrases, None, store)
+
+
+@pytest.fixture(scope="module")
+def sam_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("features") / "sam"
+    write_features(SAM, mixture(), directory)
+    return directory
+
+
+def first_batches(config: ExperimentConfig, store: FeatureStore | None) -> list[Batch]:
+    stage = make_stage(config, config.stages[0], make_mesh(config.mesh, jax.devices()[:1]))
+    return list(stage.batches(data(store), TOKENIZER))
+
+
+def losses(config: ExperimentConfig, batches: list[Batch]) -> np.ndarray:
+    loss = jax.jit(make_loss(config.model, "text", config.stages[0].loss))
+    phrases = jnp.float32(4)
+    return np.array([loss(params(config), {}, one, phrases)[0] for one in batches])
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "tolerance"),
+    [(SAM, "float32", 1e-6), (SAM, "bfloat16", 1e-3), (SAM, "int8", 1e-2), (SAM2, "float32", 1e-6)],
+    ids=["sam, float32", "sam, bfloat16", "sam, int8", "sam2, float32"],
+)
+def test_losses_are_those_of_the_images(
+    config: ExperimentConfig, dtype: str, tolerance: float, tmp_path: Path
+):
+    config = with_dtype(config, dtype)
+    manifest = write_features(config, mixture(), tmp_path / "features")
+    assert manifest.images == IMAGES and manifest.layout.dtype == dtype
+    assert manifest.layout.finished == (config is not SAM2 and config.model == SAM.model)
+    images = first_batches(config, None)
+    cached = first_batches(config, FeatureStore(tmp_path / "features"))
+    for one, other in zip(images, cached, strict=True):
+        assert other.sam_image is None and other.image_features is not None
+        same = [
+            jax.tree.map(np.array_equal, *pair)
+            for pair in zip(
+                *(
+                    jax.tree.leaves(dataclasses.replace(x, sam_image=None, image_features=None))
+                    for x in (one, other)
+                ),
+                strict=True,
+            )
+        ]
+        assert all(same)
+    expected = losses(config, images)
+    assert len(expected) == 3 and np.ptp(expected) > 0
+    np.testing.assert_allclose(losses(config, cached), expected, rtol=tolerance)
+
+
+def test_eight_devices_write_what_one_does(sam_features: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    write_features(SAM, mixture(), tmp_path / "one")
+    image = mixture().read(0, ()).image
+    for one, eight in zip(
+        FeatureStore(tmp_path / "one").read(image),
+        FeatureStore(sam_features).read(image),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written = feature_cache.write_shard
+    done: list[Shard] = []
+
+    def stopped_at_the_second(*arguments) -> Shard:
+        if done:
+            raise KeyboardInterrupt
+        done.append(written(*arguments))
+        return done[0]
+
+    monkeypatch.setattr(feature_cache, "write_shard", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_features(SAM, mixture(), tmp_path / "features")
+    with pytest.raises(UserError, match="expected a finished directory of features"):
+        FeatureStore(tmp_path / "features")
+    first = tmp_path / "features" / done[0].file
+    before = first.stat().st_mtime_ns
+    monkeypatch.setattr(feature_cache, "write_shard", written)
+    manifest = write_features(SAM, mixture(), tmp_path / "features")
+    assert manifest.images == IMAGES and first.stat().st_mtime_ns == before
+    store = FeatureStore(tmp_path / "features")
+    for row in range(IMAGES):
+        store.read(mixture().read(row, ()).image)
+
+
+def test_more_images_are_added_to_a_directory(tmp_path: Path):
+    write_features(SAM, mixture(3), tmp_path / "features")
+    manifest = write_features(SAM, mixture(6), tmp_path / "features")
+    assert manifest.images == 6
+    files = {path.name for path in (tmp_path / "features").glob("*.array_record")}
+    assert files == {shard.file for shard in manifest.shards}
+
+
+def test_each_picture_is_computed_once(tmp_path: Path):
+    tiny = TinyDataset(4)
+    tiny.write(tmp_path)
+    sources = [
+        tiny.dataset(name).source(tmp_path, split) for name, split in (("a", "train"), ("b", "val"))
+    ]
+    both = Mixture(tuple(sources), (1.0, 1.0))
+    assert distinct_images(both) == [0, 1, 2, 3]
+    shapes = mixture(2).sources[0]
+    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [0, 1, 2, 3, 4, 5]
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tiny = TinyDataset(4)
+    tiny.write(tmp_path)
+    (tmp_path / "images" / "00001.png").write_bytes(b"no picture")
+    source = tiny.dataset().source(tmp_path, "train")
+    assert isinstance(source, IndexedSource) and isinstance(source.store, LooseFiles)
+    manifest = write_features(SAM, Mixture((source,), (1.0,)), tmp_path / "features")
+    assert manifest.images == 3
+    [(row, reason)] = [pair for shard in manifest.shards for pair in shard.left_out]
+    assert row == 1 and "00001.png" in reason
+
+
+def test_an_image_without_features_is_skipped_and_counted(sam_features: Path):
+    stage = make_stage(SAM, dataclasses.replace(STAGE, steps=8), make_mesh(SAM.mesh))
+    more = data(FeatureStore(sam_features), IMAGES + 2)
+    check_features(SAM, more)  # most have them
+    batches = list(stage.batches(more, TOKENIZER))
+    skipped = {int(one) for batch in batches for one in batch.skipped_id if one >= 0}
+    assert skipped == {IMAGES, IMAGES + 1}
+    assert not any(np.isin(batch.example_id, list(skipped)).any() for batch in batches)
+
+
+def test_features_of_other_images_are_refused(sam_features: Path):
+    other = dataclasses.replace(EXPERIMENT.data.shapes, seed=7)
+    elsewhere = Mixture((ShapesSource("train", other, 8),), (1.0,))
+    given = dataclasses.replace(data(FeatureStore(sam_features)), mixture=elsewhere)
+    with pytest.raises(UserError, match="data.features: expected features of shapes, example 0"):
+        check_features(SAM, given)
+
+
+def test_features_of_other_shapes_are_refused(sam_features: Path):
+    with pytest.raises(UserError, match="expected arrays of .* an image, found .* in"):
+        check_features(SAM2, data(FeatureStore(sam_features)))
+
+
+def test_finished_features_are_refused_where_what_finishes_them_is_trained(tmp_path: Path):
+    frozen = dataclasses.replace(SAM2, stages=(STAGE,))
+    manifest = write_features(frozen, mixture(), tmp_path / "features")
+    assert manifest.layout.finished
+    given = data(FeatureStore(tmp_path / "features"))
+    check_features(frozen, given)
+    with pytest.raises(UserError, match="expected features that end before what a stage trains"):
+        check_features(SAM2, given)
+
+
+def trained_encoder(stage: StageConfig) -> StageConfig:
+    return dataclasses.replace(
+        stage, trainable=(("segmenter/image_encoder/.*", True), *stage.trainable)
+    )
+
+
+def test_an_encoder_that_is_trained_cannot_be_cached(sam_features: Path, tmp_path: Path):
+    config = dataclasses.replace(SAM, stages=(trained_encoder(STAGE),))
+    said = "features can be cached of an image encoder that no stage trains; found segmenter/image_"
+    with pytest.raises(UserError, match=said):
+        write_features(config, mixture(), tmp_path / "features")
+    with pytest.raises(UserError, match=said):
+        check_features(config, data(FeatureStore(sam_features)))
+
+
+def test_features_of_other_parameters_are_refused(sam_features: Path):
+    store = FeatureStore(sam_features)
+    check_fingerprint(SAM, store, params(SAM))
+    changed = jax.tree.map(lambda leaf: leaf, params(SAM))
+    bias = changed["segmenter"]["image_encoder"]["neck"]["norm2"]["bias"]
+    changed["segmenter"]["image_encoder"]["neck"]["norm2"]["bias"] = bias.at[3].add(1e-6)
+    with pytest.raises(UserError, match="data.features: expected features of this run's segmenter"):
+        check_fingerprint(SAM, store, changed)
+
+
+def test_the_fingerprint_changes_with_all_that_features_depend_on():
+    found = {features_fingerprint(SAM.model, params(SAM), True)}
+
+    def expect_another(model, given: Params, finished: bool = True) -> None:
+        before = len(found)
+        found.add(features_fingerprint(model, given, finished))
+        assert len(found) == before + 1
+
+    half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params(SAM))
+    expect_another(SAM.model, half)
+    segmenter = dataclasses.replace(SAM.model.segmenter, dtype="bfloat16")
+    expect_another(dataclasses.replace(SAM.model, segmenter=segmenter), params(SAM))
+    expect_another(SAM2.model, params(SAM2))
+    expect_another(SAM2.model, params(SAM2), finished=False)
+    expect_another(dataclasses.replace(SAM2.model, profile="legacy"), params(SAM2))
+    same = dataclasses.replace(SAM.model.segmenter, remat=True, encoder_chunk=1)
+    assert (
+        features_fingerprint(dataclasses.replace(SAM.model, segmenter=same), params(SAM), True)
+        in found
+    )
+
+
+def test_the_fingerprint_sees_values_change_places():
+    swapped = jax.tree.map(lambda leaf: leaf, params(SAM))
+    encoder = swapped["segmenter"]["image_encoder"]
+    kernel = encoder["patch_embed"]["proj"]["kernel"]
+    encoder["patch_embed"]["proj"]["kernel"] = kernel[::-1]
+    before, after = (features_fingerprint(SAM.model, one, True) for one in (params(SAM), swapped))
+    assert before != after
+
+
+def test_another_directory_is_not_written_over(sam_features: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in sam_features.iterdir()}
+    with pytest.raises(UserError, match="expected nothing, or features of the same segmenter"):
+        write_features(with_dtype(SAM, "int8"), mixture(), sam_features)
+    assert before == {path.name: path.stat().st_mtime_ns for path in sam_features.iterdir()}
+
+
+def test_a_disk_without_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=re.escape("manifest.json needs")):
+        write_features(SAM, mixture(), tmp_path / "features")
+
+
+def test_only_the_encoder_is_read_for_it():
+    found = initial_params(SAM, only="segmenter/image_encoder/")
+    assert list(found) == ["segmenter"] and list(found["segmenter"]) == ["image_encoder"]
+    expected = params(SAM)["segmenter"]["image_encoder"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found["segmenter"]["image_encoder"], expected))
