@@ -31,6 +31,7 @@ from data_pipelines import tokenizers
 from evf_sam_jax import mask_geometry, model_dir, model_inputs
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models.families import attention_of
 from evf_sam_jax.models.interfaces import (
     ImageFeatures,
     MaskPrediction,
@@ -476,7 +477,7 @@ class Predictor:
           UserError: as `predict`; or the encoder sees no image.
         """
         encoder = self.config.encoder
-        if not encoder.attention_map:
+        if attention_of(encoder) is None:
             raise UserError(f"attention_map: expected BEiT-3 as encoder, found {encoder.family}")
         if encoder.fusion == "text":
             raise UserError("attention_map: expected an encoder that sees the image, found text")

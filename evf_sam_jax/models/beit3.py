@@ -90,7 +90,6 @@ class Beit3Config:
 
     family: ClassVar[str] = "beit3"
     readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
-    attention_map: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""
@@ -451,15 +450,69 @@ READOUT_TOKENS = {
 }
 
 
-# Whose outputs `attention_to_patches` is computed from.
-LAST_PROJECTIONS = {name: ("last_layer", "self_attn", f"{name}_proj") for name in ("q", "k")}
-IMAGE_CLS = READOUT_TOKENS["image_cls"]
+def final_tokens(
+    config: Beit3Config,
+    params: Mapping[str, Any],
+    encoder_image: Float[Array, "b h w 3"],
+    text_ids: Int[Array, "b k l"],
+    text_valid: Bool[Array, "b k l"],
+) -> Streams:
+    """Returns all image tokens ([CLS] first) and text tokens of each phrase, n = b k."""
+    inputs = (encoder_image, text_ids, text_valid)
+    return Beit3(config).apply({"params": params}, *inputs, method=Beit3.encode)  # pyright: ignore
 
 
-def attention_to_patches(
+# Whose outputs `_attention_to_patches` is computed from.
+_LAST_PROJECTIONS = {name: ("last_layer", "self_attn", f"{name}_proj") for name in ("q", "k")}
+
+
+def image_cls_attention(
+    config: Beit3Config,
+    params: Mapping[str, Any],
+    encoder_image: Float[Array, "b h w 3"],
+    text_ids: Int[Array, "b k l"],
+    text_valid: Bool[Array, "b k l"],
+) -> Float[Array, "b k g g"]:
+    """Returns how much the image's [CLS] attends to each patch in the last layer.
+
+    Summed over heads (paper Figure 5). The last layer's queries and keys are caught as they pass,
+    so that nothing of the model knows of this.
+    """
+
+    def is_last_projection(module: nn.Module, _: str) -> bool:
+        return module.path in _LAST_PROJECTIONS.values()
+
+    _, caught = Beit3(config).apply(
+        {"params": params},
+        encoder_image,
+        text_ids,
+        text_valid,
+        READOUT_TOKENS["image_cls"],
+        method=Beit3.encode,
+        capture_intermediates=is_last_projection,
+        mutable="intermediates",
+    )
+
+    def output(path: tuple[str, ...]) -> Streams:
+        calls: Any = caught["intermediates"]
+        for name in path:
+            calls = calls[name]
+        [streams] = calls["__call__"]
+        return streams
+
+    found = _attention_to_patches(
+        config,
+        output(_LAST_PROJECTIONS["q"]),
+        output(_LAST_PROJECTIONS["k"]),
+        text_valid.reshape(-1, text_valid.shape[-1]),
+    )
+    return found.reshape(*text_ids.shape[:2], *found.shape[1:])
+
+
+def _attention_to_patches(
     config: Beit3Config, q: Streams, k: Streams, text_valid: Bool[Array, "n t"]
 ) -> Float[Array, "n g g"]:
-    """Returns how much the image's [CLS] attends to each patch, summed over heads (paper Figure 5).
+    """Returns the attention of `image_cls_attention`, n = b k.
 
     Args:
       q: the last layer's queries, of the image [CLS] alone.

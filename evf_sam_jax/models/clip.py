@@ -89,7 +89,6 @@ class ClipConfig:
 
     family: ClassVar[str] = "clip"
     readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
-    attention_map: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

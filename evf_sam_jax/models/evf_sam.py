@@ -21,15 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.beit3 import (
-    ALL_TOKENS,
-    IMAGE_CLS,
-    LAST_PROJECTIONS,
-    Beit3Config,
-    attention_to_patches,
-)
+from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.config_checks import check_choice
 from evf_sam_jax.models.families import (
+    attention_of,
     checked_keys,
     make_encoder,
     make_segmenter,
@@ -147,9 +142,6 @@ class EvfSam(nn.Module):
         pixels, inside = encoder_image[..., :3], encoder_image[..., 3:]
         valid = inside[..., 0] > 0.5 if inside.shape[-1] else None
         return self.projector(self.encoder(pixels, text_ids, text_valid, valid))
-
-    def encoder_tokens(self, encoder_image, text_ids, text_valid, keep=ALL_TOKENS):
-        return self.encoder.encode(encoder_image, text_ids, text_valid, keep)
 
     def decode(self, features, prompts, multimask, train) -> MaskPrediction:
         return self.segmenter.decode(features, prompts, multimask, train)
@@ -273,17 +265,6 @@ def encode_phrases(
     return _apply(config, params, EvfSam.encode_phrases, encoder_image, text_ids, text_valid)
 
 
-def encoder_tokens(
-    config: EvfSamConfig,
-    params: Params,
-    encoder_image: Float[Array, "b h w _"],
-    text_ids: Int[Array, "b k l"],
-    text_valid: Bool[Array, "b k l"],
-) -> tuple[Float[Array, "n v d"] | None, Float[Array, "n l d"]]:
-    """Returns the encoder's final image tokens ([CLS] first) and text tokens, n = b k."""
-    return _apply(config, params, EvfSam.encoder_tokens, encoder_image, text_ids, text_valid)
-
-
 def image_cls_attention(
     config: EvfSamConfig,
     params: Params,
@@ -291,41 +272,13 @@ def image_cls_attention(
     text_ids: Int[Array, "b k l"],
     text_valid: Bool[Array, "b k l"],
 ) -> Float[Array, "b k g g"]:
-    """Returns how much BEiT-3's image [CLS] attends to each patch in its last layer.
+    """Returns how much the image [CLS] attends to each patch, see the encoder's own function.
 
-    Summed over heads, as in the paper's Figure 5. Uses params["encoder"]. The last layer's queries
-    and keys are caught as they pass, so that nothing of the model knows of this.
+    Of an encoder that has one (`families.attention_of`). Uses params["encoder"].
     """
-    assert isinstance(config.encoder, Beit3Config), "only BEiT-3 has this attention"
-
-    def is_last_projection(module: nn.Module, _: str) -> bool:
-        return module.path[1:] in LAST_PROJECTIONS.values()
-
-    _, caught = EvfSam(config).apply(
-        {"params": params},
-        encoder_image,
-        text_ids,
-        text_valid,
-        IMAGE_CLS,
-        method=EvfSam.encoder_tokens,
-        capture_intermediates=is_last_projection,
-        mutable="intermediates",
-    )
-
-    def output(path: tuple[str, ...]) -> Any:
-        calls: Any = caught["intermediates"]["encoder"]
-        for name in path:
-            calls = calls[name]
-        [streams] = calls["__call__"]
-        return streams
-
-    found = attention_to_patches(
-        config.encoder,
-        output(LAST_PROJECTIONS["q"]),
-        output(LAST_PROJECTIONS["k"]),
-        text_valid.reshape(-1, text_valid.shape[-1]),
-    )
-    return found.reshape(*text_ids.shape[:2], *found.shape[1:])
+    attention = attention_of(config.encoder)
+    assert attention is not None, "whoever asks has looked whether there is one"
+    return attention(config.encoder, params["encoder"], encoder_image, text_ids, text_valid)
 
 
 def decode(

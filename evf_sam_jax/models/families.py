@@ -5,12 +5,14 @@ asks which family a tower is of.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+from jaxtyping import Array
 
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models.beit3 import Beit3, Beit3Config
+from evf_sam_jax.models.beit3 import Beit3, Beit3Config, image_cls_attention
 from evf_sam_jax.models.clip import Clip, ClipConfig
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.efficient_sam.efficient_sam import EfficientSam
@@ -24,14 +26,20 @@ from evf_sam_jax.models.vilt import Vilt, ViltConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A configuration class, and the module that it configures."""
+    """A configuration class, and the module that it configures.
+
+    Attributes:
+      attention: of an encoder, where its image [CLS] looks for a phrase, as BEiT-3's
+        `image_cls_attention`; None: that cannot be shown.
+    """
 
     config: type
     module: type[nn.Module]
+    attention: Callable[..., Array] | None = None
 
 
 ENCODERS = {
-    "beit3": Family(Beit3Config, Beit3),
+    "beit3": Family(Beit3Config, Beit3, image_cls_attention),
     "clip": Family(ClipConfig, Clip),
     "vilt": Family(ViltConfig, Vilt),
 }
@@ -43,6 +51,11 @@ SEGMENTERS = {
 
 # Of what was written when there was one family of each.
 _FIRST = {"encoder": "beit3", "segmenter": "sam"}
+
+
+def attention_of(config: EncoderConfig) -> Callable[..., Array] | None:
+    """Returns the function that shows where an encoder looks, see `Family`."""
+    return ENCODERS[config.family].attention
 
 
 def tower_to_dict(config: EncoderConfig | SegmenterConfig) -> dict[str, Any]:

@@ -78,7 +78,6 @@ class EncoderConfig(Protocol):
       family: its name in `families.ENCODERS`.
       image_kind: how the host prepares its image, one of `data_pipelines.tower_images.ENCODER`.
       readouts: what can be read out with each fusion that it can do, the usual one first.
-      attention_map: whether `evf_sam.image_cls_attention` can show where it looks.
       image_size: side of that image; of one that is padded, what its shorter side becomes.
       fusion: how image and text meet; "text": there is no image.
       readout: what is read out of the tokens.
@@ -93,7 +92,6 @@ class EncoderConfig(Protocol):
 
     family: ClassVar[str]
     readouts: ClassVar[Mapping[str, tuple[str, ...]]]
-    attention_map: ClassVar[bool]
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property

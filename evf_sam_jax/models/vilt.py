@@ -93,7 +93,6 @@ class ViltConfig:
 
     family: ClassVar[str] = "vilt"
     readouts: ClassVar[Mapping[str, tuple[str, ...]]] = READOUTS
-    attention_map: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises UserError for values that no model can have."""

@@ -17,7 +17,7 @@ from convert.to_model_dir import leaf_shapes
 from data_pipelines import image_input, tokenizers
 from data_pipelines.batch import Batch
 from evf_sam_jax import losses, mask_geometry, model_dir
-from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models import beit3, evf_sam
 from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.predictor import EncodedImage, Predictor
 from tests import golden_checkpoint
@@ -67,12 +67,12 @@ def assert_tokens_and_prompts(
     predictor: Predictor, encoded: EncodedImage, golden: Golden, bar: float
 ) -> None:
     """BEiT-3's tokens of each expression alone, and the prompts of all of them together."""
-    tokens = jax.jit(evf_sam.encoder_tokens, static_argnums=0)
+    tokens = jax.jit(beit3.final_tokens, static_argnums=0)
     for j in PHRASES:
         ids = np.asarray(phrase(golden, j), np.int32)[None, None]
         vision, text = tokens(
-            predictor.config,
-            {"encoder": predictor.params["encoder"]},
+            predictor.config.encoder,
+            predictor.params["encoder"],
             encoded.encoder_image,
             ids,
             np.ones(ids.shape, bool),

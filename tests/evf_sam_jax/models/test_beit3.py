@@ -10,7 +10,7 @@ import pytest
 
 from convert import beit3 as beit3_table
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models import beit3, evf_sam
 from evf_sam_jax.models.beit3 import Beit3Config
 from tests.parity import beit3_cases
 from tests.parity.weights import our_params
@@ -26,7 +26,7 @@ def model(encoder: Beit3Config) -> tuple[evf_sam.EvfSamConfig, evf_sam.Params]:
 
 
 encode_phrases = jax.jit(evf_sam.encode_phrases, static_argnums=0)
-encoder_tokens = jax.jit(evf_sam.encoder_tokens, static_argnums=0)
+final_tokens = jax.jit(beit3.final_tokens, static_argnums=0)
 image_cls_attention = jax.jit(evf_sam.image_cls_attention, static_argnums=0)
 
 
@@ -39,8 +39,8 @@ def attention(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given) -> np
 def tokens(config: evf_sam.EvfSamConfig, params: evf_sam.Params, given, fusion: str):
     """Image and text tokens of each of n pairs, given as n images with one phrase each."""
     encoder = dataclasses.replace(config.encoder, fusion=fusion, readout="text_cls")
-    config = dataclasses.replace(config, encoder=encoder)
-    return encoder_tokens(config, params, given.image, given.ids[:, None], given.valid[:, None])
+    phrases = given.ids[:, None], given.valid[:, None]
+    return final_tokens(encoder, params["encoder"], given.image, *phrases)
 
 
 def our_outputs(encoder: Beit3Config) -> dict[str, np.ndarray]:
