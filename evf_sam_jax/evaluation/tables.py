@@ -45,11 +45,11 @@ FEWEST_IMAGES = 10
 def variant(config: EvfSamConfig, tokenizer: Tokenizer) -> str | None:
     """The model of the paper that has this one's sizes; None if there is none.
 
-    The multi-task model is told by its tokenizer, which has a token of its own for `[semantic]`.
+    A multi-task model is told by its tokenizer, which has a token of its own for `[semantic]`.
     """
     name = released_variant(config)
-    if name == "evf-sam" and len(tokenizer.encode(SEMANTIC_PREFIX.strip())) == 3:
-        return "evf-sam-multitask"  # between <s> and </s>
+    if len(tokenizer.encode(SEMANTIC_PREFIX.strip())) == 3:  # between <s> and </s>
+        name = f"{name}-multitask"
     return name if name in PAPER else None
 
 

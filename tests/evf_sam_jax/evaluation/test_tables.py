@@ -1,5 +1,11 @@
 """Tables say what was measured beside what the paper says, and admit what is not known."""
 
+import json
+import shutil
+from pathlib import Path
+
+from data_pipelines.shapes import SHAPES_TOKENIZER
+from data_pipelines.tokenizers import load_tokenizer
 from evf_sam_jax.evaluation.scores import score_set, to_json
 from evf_sam_jax.evaluation.splits import PAPER_SETS
 from evf_sam_jax.evaluation.tables import PAPER, average, markdown, paper_table, variant
@@ -43,6 +49,16 @@ def test_a_model_is_told_by_its_sizes():
     assert variant(RELEASED["evf-sam"], TOKENIZER) == "evf-sam"
     assert variant(RELEASED["evf-sam-base"], TOKENIZER) == "evf-sam-base"
     assert variant(EvfSamConfig.tiny(), TOKENIZER) is None
+
+
+def test_a_multitask_model_is_told_by_its_token_and_not_taken_for_another(tmp_path: Path):
+    directory = tmp_path / "tokenizer"
+    shutil.copytree(SHAPES_TOKENIZER, directory)
+    (directory / "added_tokens.json").write_text(json.dumps({"[semantic]": 127}))
+    semantic = load_tokenizer(directory)
+    assert variant(RELEASED["evf-sam"], semantic) == "evf-sam-multitask"
+    assert variant(RELEASED["evf-sam2"], semantic) is None  # the paper has no row of it
+    assert variant(RELEASED["evf-sam2"], TOKENIZER) == "evf-sam2"
 
 
 def test_an_interval_needs_some_images():
