@@ -14,17 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA's pool: a collective of virtual devices blocks one of each, and independent ones
 # wait for each other for ever where there are no more threads than devices.
 os.environ.setdefault("NPROC", "64")
+# With a limit, whoever reads or writes compiled programs locks their directory.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)
 
 import tempfile
 from pathlib import Path
-
-# Many tests compile the same tiny programs, each in functions of its own. Test processes and the
-# commands that they start share them; a directory that is given keeps them for the next time.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.TemporaryDirectory(prefix="evf_sam_compiled_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-# With a limit, whoever reads or writes locks the directory.
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**33)
 
 import jax
 import pytest
@@ -38,6 +32,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Float32 products on accelerators are otherwise done in TF32 or bfloat16.
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Many tests compile the same tiny programs, each in functions of its own. Both test processes share
+# what they have compiled; a directory that is given keeps it for the next time. It is no variable
+# of jax's, so that a command which is killed, or runs out of disk, leaves nothing half there.
+_CACHE = "EVF_SAM_TEST_CACHE"
+if _CACHE not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="evf_sam_compiled_")
+    os.environ[_CACHE] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ[_CACHE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -61,7 +63,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """Where compiled programs are kept, for commands that tests start as processes."""
-    return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    return Path(os.environ[_CACHE])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ from data_pipelines.prepare import prepare
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import DatasetConfig, experiment_from_dict
+from evf_sam_jax.feature_cache import cache_features
 from evf_sam_jax.model_dir import Manifest, load_params, path_leaves, write_model_dir
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import init_params, param_shapes
@@ -64,6 +65,7 @@ def config_of(directories: tuple[Path, Path]) -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_a_photograph_is_trained_on(directories: tuple[Path, Path], tmp_path: Path):
     config = experiment_from_dict(config_of(directories).to_dict())
     assert config.model == SPELLING_MODEL
@@ -78,6 +80,32 @@ def test_a_photograph_is_trained_on(directories: tuple[Path, Path], tmp_path: Pa
     losses = [json.loads(line).get("finetune/loss") for line in lines]
     assert np.isfinite([loss for loss in losses if loss is not None]).all()
     assert not (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_features_that_were_cached_train_as_the_photograph(
+    directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    values = config_of(directories)
+    values.feature_cache.dtype = "float32"
+    cache_features(experiment_from_dict(values.to_dict()), tmp_path / "features")
+    said = capsys.readouterr().out
+    assert said.startswith("1 images, 0.0") and "1 images have features, in 0.0" in said
+    losses = []
+    for features in ("", str(tmp_path / "features")):
+        values.data.features = features
+        workdir = tmp_path / f"run{bool(features)}"
+        train(experiment_from_dict(values.to_dict()), workdir)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        found = [json.loads(line).get("finetune/loss") for line in lines]
+        losses.append([loss for loss in found if loss is not None])
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    # Of another encoder, they are refused before the first step.
+    values.unlock()
+    values.model = {"segmenter": {"dtype": "bfloat16"}}
+    with pytest.raises(UserError, match="expected features of this run's segmenter"):
+        train(experiment_from_dict(values.to_dict()), tmp_path / "other")
 
 
 def test_held_out_phrases_without_room_are_named(directories, tmp_path: Path):

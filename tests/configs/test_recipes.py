@@ -303,6 +303,7 @@ def test_strict_leaves_out_images_of_evaluation(
     ]
 
 
+@pytest.mark.slow
 def test_tiny_foundations_are_trained_as_the_recipe_says(
     foundations: Path, data: Path, tmp_path: Path
 ):
