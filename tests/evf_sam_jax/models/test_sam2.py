@@ -37,7 +37,11 @@ def params_of(config: Sam2Config) -> dict:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(config: Sam2Config, profile: str, params: dict, image, size) -> ImageFeatures:
     model = Sam2(config, profile)
-    return model.apply({"params": params}, image, size, method=Sam2.encode_image)
+
+    def finished(segmenter: Sam2, image: jax.Array, size: jax.Array) -> ImageFeatures:
+        return segmenter.finish(segmenter.encode_image(image, size))
+
+    return model.apply({"params": params}, image, size, method=finished)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
