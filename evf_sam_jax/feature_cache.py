@@ -110,12 +110,8 @@ def write_features(
     mesh = make_mesh(MeshConfig(data=len(jax.local_devices())), jax.local_devices())
     layout = feature_layout(config.model, config.feature_cache.dtype, finished)
     if jax.process_index() == 0:
-        logging.info(
-            "%d images, %.1f MB each: %.1f GB",
-            len(rows),
-            layout.record_bytes / 1e6,
-            len(rows) * layout.record_bytes / 1e9,
-        )
+        size, total = layout.record_bytes / 1e6, len(rows) * layout.record_bytes / 1e9
+        print(f"{len(rows):,} images, {size:.3g} MB each: {total:.3g} GB", flush=True)
     params = initial_params(
         config,
         dict.fromkeys(_encoder_paths(config), replicated(mesh)),
@@ -463,4 +459,4 @@ def _report(mixture: Mixture, manifest: FeatureManifest) -> None:
     if left_out:
         logging.warning("%d images were left out, since they cannot be read", len(left_out))
     size = sum(shard.bytes for shard in manifest.shards)
-    logging.info("%d images have features, in %.2f GB", manifest.images, size / 1e9)
+    print(f"{manifest.images:,} images have features, in {size / 1e9:.3g} GB", flush=True)
