@@ -74,7 +74,10 @@ FREE = (
     "evaluation.panel_images",
     "data.workers",
     "data.threads",
+    "feature_cache",
 )
+# What runs had before there was a key for it.
+ADDED = {"data.features": "", "model.encoder.normalisation": "openai"}
 # Likewise up to rounding; it is said.
 RESHAPING = ("mesh",)
 
@@ -112,6 +115,8 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
         )
     reshaped = []
     for key, old, new in _differences(before, now):
+        if old is None and key in ADDED and new == ADDED[key]:
+            continue
         if key.startswith(RESHAPING):
             reshaped.append(f"{key}: {old!r} before, {new!r} now")
         elif not key.startswith(FREE):

@@ -568,6 +568,17 @@ def test_what_changes_no_number_may_change(key: str, value: Any, tmp_path: Path)
     assert resume_workdir(tmp_path, other(key, value), {"data.train.0": "1"}) == []
 
 
+def test_a_run_from_before_features_were_cached_goes_on_without_them(tmp_path: Path):
+    make_workdir(tmp_path, experiment(), {})
+    path = tmp_path / "config.json"
+    before = json.loads(path.read_text())
+    del before["data"]["features"], before["feature_cache"]
+    path.write_text(json.dumps(before))
+    assert resume_workdir(tmp_path, experiment(), {}) == []
+    with pytest.raises(UserError, match="data.features = None, found 'FEATURES'"):
+        resume_workdir(tmp_path, other("data.features", "FEATURES"), {})
+
+
 def test_another_mesh_may_go_on_and_is_said(tmp_path: Path):
     make_workdir(tmp_path, experiment(), {})
     changed = experiment(mesh=MeshConfig(data=0, fsdp=4, min_size=64))
