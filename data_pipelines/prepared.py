@@ -29,7 +29,7 @@ from etils import epath
 
 from data_pipelines.image_input import decode_image
 from data_pipelines.index import AnnotatedImage, Index, Target, user_cache
-from data_pipelines.record_files import Shard, damage, is_remote
+from data_pipelines.record_files import Shard, damage, is_remote, read_manifest_file
 from data_pipelines.source import IndexedSource, ReadingRules
 from evf_sam_jax.errors import UserError
 
@@ -149,14 +149,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest | None:
       UserError: it is no manifest, or one of another version.
     """
     path = epath.Path(directory) / MANIFEST
-    try:
-        return Manifest.from_json(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except KeyError as error:
-        raise UserError(f"{path}: expected the key {error}, found none") from None
-    except (ValueError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path}: expected a manifest of a prepared data set: {error}") from None
+    return read_manifest_file(path, Manifest.from_json, "a prepared data set")
 
 
 def open_prepared(

@@ -12,9 +12,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
@@ -25,6 +25,8 @@ from evf_sam_jax.errors import UserError
 # already, or cannot be.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _PARTIAL = ".partial"
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,26 @@ def damage(directory: str | os.PathLike, shard: Shard) -> str | None:
     if size != shard.bytes:
         return f"{path}: expected {shard.bytes} bytes, found {size}"
     return None
+
+
+def read_manifest_file(path: epath.Path, parse: Callable[[str], T], what: str) -> T | None:
+    """What a manifest says; None if there is none, as long as its directory is not whole.
+
+    Args:
+      parse: raises ValueError, KeyError, TypeError or AttributeError for another text.
+      what: it is a manifest of.
+
+    Raises:
+      UserError: it is no such manifest, or one of another version.
+    """
+    try:
+        return parse(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KeyError as error:
+        raise UserError(f"{path}: expected the key {error}, found none") from None
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: expected a manifest of {what}: {error}") from None
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -182,10 +204,14 @@ def remove_sidecars(directory: epath.Path, names: Sequence[str]) -> None:
 
 
 def remove_leftovers(directory: epath.Path, names: Sequence[str]) -> None:
-    """Removes half-written files, and shards of a run with another number of them."""
+    """Removes half-written files, and shards of a run with another number of them.
+
+    What belongs to a shard has its name with another ending.
+    """
+    kept = {name.removesuffix(".array_record") for name in names}
     for path in directory.iterdir():
-        name = path.name.removesuffix(".json")
-        other = re.search(r"-\d{5}-of-\d{5}\.array_record$", name) and name not in names
+        shard = re.match(r"(.+-\d{5}-of-\d{5})\.", path.name)
+        other = shard and not path.name.startswith(".") and shard[1] not in kept
         if other or (path.name.startswith(".") and path.name.endswith(_PARTIAL)):
             path.unlink()
 
