@@ -24,7 +24,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from data_pipelines.record_files import Shard, damage
+from data_pipelines.record_files import Shard, damage, read_manifest_file
 from evf_sam_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -145,14 +145,7 @@ def read_feature_manifest(directory: str | os.PathLike) -> FeatureManifest | Non
       UserError: it is no manifest, or one of another version.
     """
     path = epath.Path(directory) / MANIFEST
-    try:
-        return FeatureManifest.from_json(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except KeyError as error:
-        raise UserError(f"{path}: expected the key {error}, found none") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected a manifest of features: {error}") from None
+    return read_manifest_file(path, FeatureManifest.from_json, "features")
 
 
 def image_key(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
@@ -189,6 +182,8 @@ class FeatureStore:
             raise UserError(
                 f"{path}: expected a finished directory of features, found nothing there; {_AGAIN}"
             )
+        if not manifest.images:
+            raise UserError(f"{directory}: expected features of images, found none of any")
         self.manifest = manifest
         for shard in manifest.shards:
             if wrong := damage(directory, shard):

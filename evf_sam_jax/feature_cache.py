@@ -301,7 +301,7 @@ def _prepare_directory(
             folder.mkdir(parents=True, exist_ok=True)
         done = [task for task in tasks if finished_shard(folder, task.file, task.fingerprint)]
         images -= sum(len(task.rows) for task in done)
-        require_space(Path(folder) / MANIFEST, images * layout.record_bytes)
+        require_space(Path(folder) / "features-*", images * layout.record_bytes)
         if len(done) < len(tasks):
             (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
         remove_leftovers(folder, [task.file for task in tasks])
@@ -324,6 +324,11 @@ def _write_task(
             if isinstance(features, str):
                 yield row, features
             else:
+                if not all(np.isfinite(feature).all() for feature in features):
+                    raise UserError(
+                        f"{mixture.describe(row)}: expected finite features, found others; do they "
+                        "need float32 (model.segmenter.dtype)?"
+                    )
                 keys.append(key)
                 yield layout.encode(key, features)
         # Before the file counts as finished.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.batch import Batch
-from data_pipelines.features import FeatureStore
+from data_pipelines.features import FeatureStore, keys_name
 from data_pipelines.mixture import Mixture
 from data_pipelines.record_files import Shard
 from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
@@ -107,7 +107,7 @@ def test_losses_are_those_of_the_images(
     config = with_dtype(config, dtype)
     manifest = write_features(config, mixture(), tmp_path / "features")
     assert manifest.images == IMAGES and manifest.layout.dtype == dtype
-    assert manifest.layout.finished == (config is not SAM2 and config.model == SAM.model)
+    assert manifest.layout.finished == (config.model == SAM.model)  # SAM-2's skips are trained
     images = first_batches(config, None)
     cached = first_batches(config, FeatureStore(tmp_path / "features"))
     for one, other in zip(images, cached, strict=True):
@@ -169,8 +169,31 @@ def test_more_images_are_added_to_a_directory(tmp_path: Path):
     write_features(SAM, mixture(3), tmp_path / "features")
     manifest = write_features(SAM, mixture(6), tmp_path / "features")
     assert manifest.images == 6
-    files = {path.name for path in (tmp_path / "features").glob("*.array_record")}
-    assert files == {shard.file for shard in manifest.shards}
+    files = {path.name for path in (tmp_path / "features").iterdir()}
+    shards = {shard.file for shard in manifest.shards}
+    assert {name for name in files if name.endswith(".array_record")} == shards
+    assert {name for name in files if name.endswith(".npy")} == set(map(keys_name, shards))
+    assert len(files) == 1 + 3 * len(shards)  # each has its fingerprint beside it
+
+
+def test_features_that_are_not_finite_are_not_stored(tmp_path: Path):
+    broken = dataclasses.replace(
+        SAM, init=dataclasses.replace(SAM.init, scale=(("segmenter/.*", float("inf")), (".*", 1.0)))
+    )
+    with pytest.raises(UserError, match="shapes, example 0: expected finite features"):
+        write_features(broken, mixture(), tmp_path / "features")
+    assert not list((tmp_path / "features").iterdir())
+
+
+def test_a_directory_without_any_features_is_refused(tmp_path: Path):
+    tiny = TinyDataset(2)
+    tiny.write(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"no picture")
+    source = tiny.dataset().source(tmp_path, "train")
+    write_features(SAM, Mixture((source,), (1.0,)), tmp_path / "features")
+    with pytest.raises(UserError, match="expected features of images, found none of any"):
+        FeatureStore(tmp_path / "features")
 
 
 def test_each_picture_is_computed_once(tmp_path: Path):
@@ -296,7 +319,7 @@ def test_another_directory_is_not_written_over(sam_features: Path):
 def test_a_disk_without_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=re.escape("manifest.json needs")):
+    with pytest.raises(UserError, match=re.escape("features-* needs")):
         write_features(SAM, mixture(), tmp_path / "features")
 
 
