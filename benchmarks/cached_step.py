@@ -6,7 +6,7 @@
 BEiT-3-L and SAM ViT-H of random weights in float32, forward and backward pass, on images and
 phrases of the embedded data set: by turns with images and with the features that were computed of
 them before. The optimizer's update, which both share, is timed apart. Beside the ratio of times is
-that of operations, as `evf_sam_jax.flops` counts them. 13 GB of memory.
+that of operations, as `evf_sam_jax.flops` counts them.
 """
 
 import argparse

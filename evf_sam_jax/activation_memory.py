@@ -52,7 +52,7 @@ def activation_bytes(
 
     Returns:
       Bytes of what the backward pass needs of the forward pass, by dtype and shape; the peak of
-      both; and the peak of the image encoder, None where it is trained.
+      both; and the peak of the image encoder, None where it is trained or not computed.
     """
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])  # so that layers gather and split
     loss = make_loss(experiment.model, _prompts(config, batch.sam_size.shape[0]), config.loss)

@@ -282,7 +282,7 @@ class FeatureCacheConfig:
 
     Attributes:
       dtype: "float32", "bfloat16", or "int8" with a scale for each channel of each image.
-      batch_size: images at a time, over the devices of a process.
+      batch_size: images at a time, over the devices of a process; made a multiple of their number.
       images_a_file: of the files that are written; what is under way when the command is killed is
         computed again.
     """

@@ -117,7 +117,8 @@ class StagePlan:
       activations: bytes at their peak, see `peak_bytes`.
       saved: bytes kept from the forward to the backward pass, see `saved_bytes`.
       largest_saved: the largest of these by dtype and shape -> bytes.
-      encoding: bytes at the peak of the frozen image encoder; None where it is trained.
+      encoding: bytes at the peak of the frozen image encoder; None where it is trained, or where
+        its features are read.
       flops: model FLOPs a step, all devices together.
       collectives: kind -> how many a step, and their bytes, as `collective_bytes` counts.
       device_kind: what was compiled for, as JAX names it: cpu, or one of TPUs.
