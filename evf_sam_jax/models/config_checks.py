@@ -54,12 +54,10 @@ def check_fusion_and_readout(
         them, what can be read out is that of late fusion.
     """
     check_choice("encoder.fusion", config.fusion, tuple(readouts))
-    apart = config.fusion == "early" and early_layers == 0
-    check_choice(
-        f"encoder.readout with {config.fusion} fusion" + apart * " in no layer",
-        config.readout,
-        readouts["late" if apart else config.fusion],
-    )
+    met, where = config.fusion, f"encoder.readout with {config.fusion} fusion"
+    if met == "early" and early_layers == 0:
+        met, where = "late", f"{where} in no layer"
+    check_choice(where, config.readout, readouts[met])
     check_choice("encoder.concat", config.concat, ("channels", "tokens"))
 
 

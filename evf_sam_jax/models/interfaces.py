@@ -124,8 +124,8 @@ class SegmenterConfig(Protocol):
 
     Its module is `Module(config, profile)` with `encode_image(image uint8 [b,s,s,3], size [b,2]) ->
     ImageFeatures`, `finish(ImageFeatures) -> ImageFeatures` and `decode(features, prompts,
-    multimask, train) -> MaskPrediction`. What is cached of an image is what `encode_image` returns,
-    and `decode` takes what `finish` makes of that.
+    multimask, train) -> MaskPrediction`. `decode` takes what `finish` makes of what `encode_image`
+    returns, which is as far as features can be cached where `finish` is trained.
 
     Attributes:
       family: its name in `families.SEGMENTERS`.
