@@ -7,7 +7,8 @@ batch that its devices hold.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Generator, Iterator, Sequence
 from typing import cast
 
 import grain
@@ -82,11 +83,23 @@ def iterate(
             flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     iterator = iter(stream)
+    batches = _copies(iterator) if workers else iterator
     try:
-        # A batch from a worker lies in shared memory, which a copy releases now and not at exit.
-        yield map(copied, iterator) if workers else iterator
+        yield batches
     finally:
+        batches.close()
         iterator.close()
+        if workers:
+            # The semaphores of workers lie in cycles, and Python 3.12 warns if those are collected
+            # while the next workers get theirs (python/cpython#109629).
+            del batches, iterator, stream
+            gc.collect()
+
+
+def _copies(iterator: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """A batch from a worker lies in shared memory, which a copy releases now and not at exit."""
+    for batch in iterator:
+        yield copied(batch)
 
 
 @dataclasses.dataclass(frozen=True)
