@@ -1,4 +1,4 @@
-"""Times two ways of doing a thing in alternation, so that a busy machine slows both alike."""
+"""Times ways of doing a thing in alternation, so that a busy machine slows both alike."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ def print_comparison(
     repeats: int,
     before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Runs each of two functions `repeats` times by turns, and prints a table and their ratio.
+    """Runs each function `repeats` times by turns, and prints a table and ratios to the first.
 
     Args:
       before: what comes before each run, and is not timed.
@@ -29,10 +29,12 @@ def print_comparison(
     print(f"{title}, {repeats} runs in alternation\n")
     print("| | median s | min | max |\n|---|---|---|---|")
     for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
-    (first, base), (second, other) = times.items()
-    ratios = [b / a for a, b in zip(base, other, strict=True)]
-    print(
-        f"\nratio {second} / {first}: median {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
+    print()
+    (first, base), *others = times.items()
+    for name, found in others:
+        ratios = [b / a for a, b in zip(base, found, strict=True)]
+        print(
+            f"ratio {name} / {first}: median {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )

@@ -128,10 +128,10 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
         leaves: Leaves, sam_image: UInt8[Array, "1 s s 3"], sam_size: Int[Array, "1 2"]
     ) -> dict[str, Any]:
         def encode(tiles: str, *inputs: Any) -> ImageFeatures:
-            with attention.tiles_of(tiles):
+            with attention.compiled_for(attention.Target(tiles, fused=False)):
                 return evf_sam.encode_image(config, *inputs)
 
-        # Not those of the machine that exports.
+        # Not those of the machine that exports; and no kernels, which not every device has.
         on_cpu, elsewhere = (functools.partial(encode, tiles) for tiles in ("cpu", "gpu"))
         inputs = (model_dir.nest(leaves), sam_image, sam_size)
         if "cpu" not in platforms:

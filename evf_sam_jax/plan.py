@@ -340,12 +340,13 @@ def _from_json(values: Mapping[str, Any]) -> StagePlan:
 
 def _answer(request: Path, answer: Path, topology: str, slices: int) -> None:
     """What the other process does."""
-    # Tiles of attention as accelerators have them, since those are what is planned for.
-    attention.TILE_SCORES["cpu"] = attention.TILE_SCORES["tpu" if topology else "gpu"]
     try:
         experiment = experiment_from_dict(json.loads(request.read_text()))
         devices = tpu_devices(topology, slices) if topology else None
-        plans = plan_experiment(experiment, devices)
+        # Virtual devices stand for accelerators, whose tiles they have, but not their kernels.
+        target = attention.Target("gpu", fused=False)
+        with attention.compiled_for(attention.target_of(devices[0]) if devices else target):
+            plans = plan_experiment(experiment, devices)
         stages = [dataclasses.asdict(plan) for plan in plans]
         answer.write_text(json.dumps({"stages": stages}))
     except UserError as error:

@@ -19,6 +19,7 @@ from data_pipelines.train_pipeline import train_dataset
 from evf_sam_jax.experiment import ExperimentConfig, StageConfig
 from evf_sam_jax.flops import step_flops, without_remat
 from evf_sam_jax.model_dir import nest, path_leaves
+from evf_sam_jax.models import attention
 from evf_sam_jax.models.evf_sam import MATRICES, EvfSamConfig, param_shapes
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.param_rules import Params
@@ -91,9 +92,11 @@ class Stage:
         model = without_remat(self.model)
         loss = make_loss(model, self.prompts, self.config.loss)
         phrases = jax.ShapeDtypeStruct((), "float32")
-        return step_flops(
-            loss, self.shapes.trainable, self.shapes.frozen, batch, phrases, has_aux=True
-        )
+        # Of a kernel nothing is counted, and positions that are folded for it are not the model's.
+        with attention.compiled_for(attention.Target("cpu", fused=False)):
+            return step_flops(
+                loss, self.shapes.trainable, self.shapes.frozen, batch, phrases, has_aux=True
+            )
 
     def batches(
         self, data: TrainingData, tokenizer: Tokenizer, whole: bool = False

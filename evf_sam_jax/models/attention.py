@@ -1,39 +1,127 @@
 """Softmax attention: the one door through which every tower attends.
 
 Scores are never kept whole where they are large. A frame of 64 x 64 tokens and 16 heads has a
-gigabyte of them, and on a CPU writing that out and reading it back costs more than the matrix
-products do, so they are computed in tiles that stay in the cache (`benchmarks/image_encoder.py`).
+gigabyte of them, and writing that out and reading it back costs more than the matrix products do.
+So a square of tokens is attended in one of three ways, which `method_of` chooses:
+
+| method | what | where | why |
+|---|---|---|---|
+| tiles | XLA computes scores in tiles that stay in the cache, positions added | CPUs; float32 \
+| | anywhere; windows; where no kernel serves | on two CPU cores folding positions into q and k \
+| | makes a block 1.2 to 1.6 times as slow; a kernel would round float32; a window of 14 x 14 has \
+| | fewer scores than keys and values |
+| cudnn | `fused_attention.cudnn`, positions folded | NVIDIA GPUs from Hopper on, width <= 256 | \
+| | before Hopper cuDNN takes 128, less than ViT-H's 208 |
+| flash | `fused_attention.flash`, positions folded, padded to lanes | TPUs, width <= 256 | wider \
+| | rows were not tried |
+
+The CPU's figures are measured (`benchmarks/attention.py`). The kernels have been compiled for TPUs
+(v5e, v5p) and run in interpret mode, and have not been timed: `EVF_SAM_ATTENTION=xla` in the
+environment does without them.
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32
 
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models import fused_attention
 from evf_sam_jax.models.layers import matmul_precision, on_each_device
+
+Method = Literal["tiles", "cudnn", "flash"]
 
 # Scores computed at a time, by backend: 4 MiB of float32 fit a core's cache; an accelerator only
 # needs its memory bounded.
 TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 # Below this many scores in total, tiles cost more than they save.
 SMALL_SCORES = 2**23
+# Kernels attend to at least so many tokens: those of whole frames.
+FUSED_TOKENS = 1024
+# The widest queries and keys of both kernels.
+FUSED_WIDTH = 256
+# The first generation of GPUs whose cuDNN takes that width.
+HOPPER = 9.0
 
-_backend: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+# The environment variable that keeps kernels away, where a device does not suit them.
+VARIABLE = "EVF_SAM_ATTENTION"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where attention will run.
+
+    Attributes:
+      backend: "cpu", "gpu" or "tpu".
+      fused: whether its kernels may be used.
+      capability: of a GPU, as NVIDIA numbers them (9.0: Hopper); 0 for others.
+    """
+
+    backend: str
+    fused: bool = True
+    capability: float = 0.0
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
 
 
 @contextlib.contextmanager
-def tiles_of(backend: str) -> Iterator[None]:
-    """What is traced within has the tiles of `backend`; otherwise they are of jax's default one."""
-    token = _backend.set(backend)
+def compiled_for(target: Target) -> Iterator[None]:
+    """What is traced within is for `target`; otherwise it is for jax's default device."""
+    token = _target.set(target)
     try:
         yield
     finally:
-        _backend.reset(token)
+        _target.reset(token)
+
+
+def current_target() -> Target:
+    """Returns what attention is traced for.
+
+    Raises:
+      UserError: the environment variable `EVF_SAM_ATTENTION` is neither empty nor "xla".
+    """
+    wish = os.environ.get(VARIABLE, "")
+    if wish not in ("", "xla"):
+        raise UserError(f"environment variable {VARIABLE}: expected xla or nothing, found {wish!r}")
+    target = _target.get() or target_of(jax.local_devices()[0])
+    return dataclasses.replace(target, fused=target.fused and not wish)
+
+
+def target_of(device: Any) -> Target:
+    """Returns what attention has to know of a `jax.Device`, which need not be of this machine."""
+    capability = 0.0
+    if device.platform == "gpu":
+        with contextlib.suppress(AttributeError, ValueError):  # AMD's are called gfx90a and so on
+            capability = float(device.compute_capability)
+    return Target(device.platform, capability=capability)
+
+
+def method_of(target: Target, dtype: DTypeLike, tokens: int, width: int, side: int) -> Method:
+    """Returns how a square of tokens is attended; the table above.
+
+    Args:
+      width: of queries, keys and values.
+      side: of the square if positions are added, otherwise 0.
+    """
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if not target.fused or not half or tokens < FUSED_TOKENS:
+        return "tiles"
+    cudnn_width = fused_attention.folded_width(width, side, fused_attention.CUDNN_WIDTH)
+    if target.backend == "gpu" and target.capability >= HOPPER and cudnn_width <= FUSED_WIDTH:
+        return "cudnn"
+    flash_width = fused_attention.folded_width(width, side, fused_attention.TPU_LANES)
+    fits = flash_width <= FUSED_WIDTH and fused_attention.flash_block(tokens)
+    return "flash" if target.backend == "tpu" and fits else "tiles"
 
 
 def attend(
@@ -89,7 +177,7 @@ def attend_square(
     *,
     scale: float,
 ) -> Float[Array, "n t d"]:
-    """Returns softmax(scale q.k + bias) v over a square of s x s = t tokens, tile by tile.
+    """Returns softmax(scale q.k + bias) v over a square of s x s = t tokens, as `method_of` says.
 
     Softmax is computed in float32, products in the dtype of `query`.
 
@@ -98,13 +186,27 @@ def attend_square(
       bias_h: added to the scores of all keys in a row of the square; with `bias_w`, or neither.
       bias_w: added to the scores of all keys in a column of the square.
     """
-    attend_rows = on_each_device(functools.partial(_attend_rows, scale))
-    biases = () if bias_h is None or bias_w is None else (bias_h, bias_w)
-    return attend_rows(query, key, value, *biases)
+    positions = () if bias_h is None or bias_w is None else (bias_h, bias_w)
+    target = current_target()
+    _, tokens, width = query.shape
+    side = math.isqrt(tokens) if positions else 0
+    match method_of(target, query.dtype, tokens, width, side):
+        case "cudnn":
+            kernel, multiple = fused_attention.cudnn, fused_attention.CUDNN_WIDTH
+        case "flash":
+            kernel, multiple = fused_attention.flash, fused_attention.TPU_LANES
+        case "tiles":
+            attend_rows = functools.partial(_attend_rows, target.backend, scale)
+            return on_each_device(attend_rows)(query, key, value, *positions)
+    return fused_attention.attend_fused(
+        kernel, query, key, value, *positions, scale=scale, multiple=multiple
+    )
 
 
-def _attend_rows(scale: float, query: Array, key: Array, value: Array, *biases: Array) -> Array:
-    """`attend_square` of the rows of one device."""
+def _attend_rows(
+    backend: str, scale: float, query: Array, key: Array, value: Array, *biases: Array
+) -> Array:
+    """`attend_square` of the rows of one device, in tiles."""
     n, tokens, width = query.shape
     precision = matmul_precision(query.dtype)
 
@@ -128,7 +230,7 @@ def _attend_rows(scale: float, query: Array, key: Array, value: Array, *biases: 
         return (context / total).astype(q.dtype)
 
     query = query * scale
-    rows, block = tile_shape(n, tokens, _backend.get() or jax.default_backend())
+    rows, block = tile_shape(n, tokens, backend)
     if (rows, block) == (n, tokens):
         return attend_tile((query, key, value, *biases))
 

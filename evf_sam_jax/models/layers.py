@@ -61,7 +61,9 @@ def split_by_batch(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
 
 
-def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[..., Array]:
+def on_each_device(
+    function: Callable[..., Array], whole: int = 0, kernel: bool = False
+) -> Callable[..., Array]:
     """Returns a function of arrays that are split by batch, computed by each device for its rows.
 
     What loops over rows would otherwise bring all of them to every device. Without a mesh, and
@@ -69,6 +71,8 @@ def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[.
 
     Args:
       whole: how many of the first arguments have no rows, and are whole on every device.
+      kernel: the function calls a Pallas kernel, which does not say over which axes of the mesh
+        its outputs vary, so that jax cannot check it; that is for functions without `whole`.
     """
 
     def call(*arrays: Array) -> Array:
@@ -78,7 +82,9 @@ def on_each_device(function: Callable[..., Array], whole: int = 0) -> Callable[.
             return function(*arrays)
         rows = PartitionSpec(axes)
         specs = tuple(PartitionSpec() if i < whole else rows for i in range(len(arrays)))
-        return jax.shard_map(function, in_specs=specs, out_specs=rows)(*arrays)
+        return jax.shard_map(function, in_specs=specs, out_specs=rows, check_vma=not kernel)(
+            *arrays
+        )
 
     return call
 
