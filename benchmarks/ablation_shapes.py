@@ -18,6 +18,13 @@ So there are three settings, which were written down before the first run and ar
 (A decoder that is neither pre-trained nor trained makes no masks, so there is no fourth.) In the
 row of Table 4 whose decoder is frozen, `from_nothing` freezes a random one, and shows just that.
 
+Two more are controls, added after the first results, which differ from the paper's order:
+
+    encoder_frozen    As decoder_trained, but of the encoder only a projection of its random
+                      features is learnt. What it scores the mask decoder has made of words alone.
+    longer            As decoder_frozen, for four times as many steps: whether an encoder that has
+                      to say where needs them.
+
 The result of a row is the cIoU on held-out images at the end. The seed decides parameters and order
 of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
 compared seed by seed: a difference counts where it has the same sign with every seed.
@@ -29,6 +36,7 @@ one thread, as many at a time as there are cores.
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -115,16 +123,44 @@ MODULES = Table(
         ("encoder, mask decoder", "encoder, mask decoder, prompt encoder"),
     ),
 )
-SETTINGS = {
-    "decoder_trained": (FUSION, READOUT, MODULES),
-    "decoder_frozen": (FUSION, READOUT),
-    "from_nothing": (FUSION, READOUT, MODULES),
-}
-SETTING_ARGUMENTS = {
-    "decoder_trained": "",
-    "decoder_frozen": "train_mask_decoder=false,train_prompt_encoder=false",
-    "from_nothing": "pretrain_steps=0",
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How all rows of some tables are trained.
+
+    Attributes:
+      arguments: of configs/shapes.py, beside those of a row.
+      steps: on phrases.
+    """
+
+    name: str
+    arguments: str
+    tables: tuple[Table, ...]
+    steps: int = STEPS
+
+
+def part(table: Table, *names: str) -> Table:
+    """A table of these rows, which are compared in this order."""
+    rows = tuple(row for name in names for row in table.rows if row.name == name)
+    return Table(table.name, rows, tuple(itertools.pairwise(names)))
+
+
+_DECODER_FROZEN = "train_mask_decoder=false,train_prompt_encoder=false"
+SETTINGS = (
+    Setting("decoder_trained", "", (FUSION, READOUT, MODULES)),
+    Setting("decoder_frozen", _DECODER_FROZEN, (FUSION, READOUT)),
+    Setting("from_nothing", "pretrain_steps=0", (FUSION, READOUT, MODULES)),
+)
+CONTROLS = (
+    Setting("encoder_frozen", "train_encoder=false", (part(FUSION, "text only", "early"),)),
+    Setting(
+        "longer",
+        _DECODER_FROZEN,
+        (part(FUSION, "text only", "early"), part(READOUT, "text CLS", "image CLS")),
+        steps=4 * STEPS,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +181,22 @@ def pretraining(seed: int) -> Run:
     return Run("pretrain", seed, f"size=small,seed={seed},steps=0,pretrain_steps={PRETRAIN_STEPS}")
 
 
-def run_of(setting: str, row: Row, seed: int, out: Path) -> Run:
+def run_of(setting: Setting, row: Row, seed: int, out: Path) -> Run:
     """The run of a row; rows of several tables may share one."""
-    own = ",".join(sorted(filter(None, f"{SETTING_ARGUMENTS[setting]},{row.arguments}".split(","))))
-    parts = ["size=small", f"seed={seed}", f"steps={STEPS}", *filter(None, [own])]
+    own = sorted(filter(None, f"{setting.arguments},{row.arguments}".split(",")))
+    name = [*own, *([f"steps={setting.steps}"] if setting.steps != STEPS else [])]
+    parts = ["size=small", f"seed={seed}", f"steps={setting.steps}", *own]
     if "pretrain_steps=0" not in own:
         parts.append(f"segmenter={out / pretraining(seed).directory / 'model'}")
-    return Run(own.replace(",", "+") or "usual", seed, ",".join(parts))
+    return Run("+".join(name) or "usual", seed, ",".join(parts))
 
 
 def all_runs(seed: int, out: Path) -> list[Run]:
     """Every training of a seed but the first one, each once."""
     runs = [
         run_of(setting, row, seed, out)
-        for setting, tables in SETTINGS.items()
-        for table in tables
+        for setting in (*SETTINGS, *CONTROLS)
+        for table in setting.tables
         for row in table.rows
     ]
     return list(dict.fromkeys(runs))
@@ -225,13 +262,14 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{form(statistics.mean(values))} ({form(min(values))} to {form(max(values))})"
 
 
-def print_table(setting: str, table: Table, seeds: Sequence[int], out: Path) -> None:
+def print_table(setting: Setting, table: Table, seeds: Sequence[int], out: Path) -> None:
     """Prints each row beside the paper's, and each of its claims beside the differences here."""
     scores = {
         row.name: [read_ciou(out, run_of(setting, row, seed, out)) for seed in seeds]
         for row in table.rows
     }
-    print(f"\n{setting}: {table.name}\n\n| row | paper | here: mean (min to max) |\n|---|---|---|")
+    print(f"\n{setting.name}: {table.name}")
+    print("\n| row | paper | here: mean (min to max) |\n|---|---|---|")
     for row in table.rows:
         paper = "not available" if row.paper is None else f"{row.paper:.1f}"
         print(f"| {row.name} | {paper} | {spread(scores[row.name])} |")
@@ -262,8 +300,8 @@ def main() -> None:
     print(f"\n{environment.describe()}; {PRETRAIN_STEPS} and {STEPS} steps of 16 images")
     segmenters = [read_ciou(out, pretraining(seed)) for seed in options.seeds]
     print(f"the pre-trained segmenter, by clicks and boxes: {spread(segmenters)}")
-    for setting, tables in SETTINGS.items():
-        for table in tables:
+    for setting in (*SETTINGS, *CONTROLS):
+        for table in setting.tables:
             print_table(setting, table, options.seeds, out)
     print_costs(out)
 
