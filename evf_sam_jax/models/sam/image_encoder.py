@@ -5,6 +5,8 @@ Reference: facebookresearch/segment-anything at dca509f, `modeling/image_encoder
 Differences:
   - Blocks are stacked as groups of (windowed blocks, scanned, and one global block).
   - Normalisation and zero padding of the image happen here, on the device.
+  - Windows are cut after the projection to queries, keys and values, and joined before the one of
+    their outputs, so that neither multiplies padding.
   - Softmax, the residual stream and the neck are float32 whatever the dtype of the products.
 """
 
@@ -52,16 +54,25 @@ def relative_positions(table: Float[Array, "r c"], size: int) -> Float[Array, "q
 
 
 class Attention(nn.Module):
-    """Self-attention over a square of tokens with decomposed relative positions."""
+    """Self-attention with decomposed relative positions, within windows or the whole grid.
+
+    Windows are padded and the padding is not masked: it attends and is attended to as the bias of
+    `qkv`, as in the original, which multiplies the zeros of the padding to get it.
+    """
 
     config: SamConfig
-    size: int
+    window: int | None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n s s c"]) -> Float[Array, "n s s c"]:
-        config, size = self.config, self.size
-        n, tokens, heads, width = x.shape[0], size * size, config.heads, config.head_width
-        qkv = dense("qkv", 3 * config.width, config.dtype)(x)
+    def __call__(self, x: Float[Array, "b g g c"]) -> Float[Array, "b g g c"]:
+        config, grid = self.config, x.shape[1]
+        size = self.window or grid
+        tokens, heads, width = size * size, config.heads, config.head_width
+        project = dense("qkv", 3 * config.width, config.dtype)
+        qkv = project(x)
+        if self.window is not None:
+            qkv = partition_windows(qkv, self.window, fill=project(jnp.zeros_like(x[0, 0, 0])))
+        n = qkv.shape[0]
         # [3, n * heads, tokens, width]
         qkv = qkv.reshape(n, tokens, 3, heads, width).transpose(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, n * heads, tokens, width)
@@ -78,14 +89,22 @@ class Attention(nn.Module):
         context = attend_square(q, k, v, bias_h, bias_w, scale=width**-0.5)
         context = context.reshape(n, heads, tokens, width).transpose(0, 2, 1, 3)
         context = context.reshape(n, size, size, config.width)
+        if self.window is not None:
+            context = join_windows(context, grid)
         return dense("proj", config.width, config.dtype)(context)
 
 
-def partition_windows(x: Float[Array, "b g g c"], window: int) -> Float[Array, "n w w c"]:
-    """Cuts into windows, padding with zeros at the bottom and right."""
+def partition_windows(
+    x: Float[Array, "b g g c"], window: int, fill: Float[Array, " c"]
+) -> Float[Array, "n w w c"]:
+    """Cuts into windows, padding with `fill` at the bottom and right."""
     b, g, _, c = x.shape
     pad = -g % window
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))
+    if pad:
+        x = jnp.pad(x, ((0, 0), (0, pad), (0, pad), (0, 0)))
+        inside = jnp.arange(g + pad) < g
+        inside = inside[:, None] & inside[None]
+        x = jnp.where(inside[None, ..., None], x, fill[None, None, None])
     side = (g + pad) // window
     x = x.reshape(b, side, window, side, window, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(-1, window, window, c)
@@ -100,11 +119,7 @@ def join_windows(x: Float[Array, "n w w c"], grid: int) -> Float[Array, "b g g c
 
 
 class Block(nn.Module):
-    """A transformer block; `window` tokens a side, or None for global attention.
-
-    Windows are padded after the norm and the padding is not masked: it attends and is attended to
-    as the bias of `qkv`, as in the original.
-    """
+    """A transformer block; `window` tokens a side, or None for global attention."""
 
     config: SamConfig
     window: int | None
@@ -113,12 +128,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b g g c"], _: None = None):
         config = self.config
         y = layer_norm("norm1", LAYER_NORM_EPSILON, config.dtype)(x)
-        if self.window is None:
-            y = Attention(config, config.grid, name="attn")(y)
-        else:
-            y = partition_windows(y, self.window)
-            y = join_windows(Attention(config, self.window, name="attn")(y), config.grid)
-        x = x + y
+        x = x + Attention(config, self.window, name="attn")(y)
         y = layer_norm("norm2", LAYER_NORM_EPSILON, config.dtype)(x)
         hidden = config.mlp_ratio * config.width
         mlp = Mlp((hidden, config.width), "gelu", config.dtype, ("lin1", "lin2"), name="mlp")

@@ -4,6 +4,7 @@ Reference: facebookresearch/sam2 at 2b90b9f, `modeling/backbones/hieradet.py` an
 
 Differences:
   - Blocks in a row that are alike are stacked and scanned.
+  - Padding of windows is not multiplied, as in SAM (`sam/image_encoder.py`).
   - Softmax and the residual stream are float32 whatever the dtype of the products.
 """
 
@@ -36,17 +37,24 @@ def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:
 
 
 class Attention(nn.Module):
-    """Self-attention within a window or the whole image; queries may be pooled."""
+    """Self-attention within windows or the whole grid; queries may be pooled.
+
+    Windows are padded and the padding is not masked: it attends and is attended to as the bias of
+    `qkv`, as in the original, which multiplies the zeros of the padding to get it.
+    """
 
     config: Sam2Config
     run: Run
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n s s c"]) -> Float[Array, "n t t d"]:
+    def __call__(self, x: Float[Array, "b g g c"]) -> Float[Array, "b t t d"]:
         run = self.run
-        n, side = x.shape[:2]
         width = run.width // run.heads
-        qkv = dense("qkv", 3 * run.width, self.config.dtype)(x)
+        project = dense("qkv", 3 * run.width, self.config.dtype)
+        qkv = project(x)
+        if run.window is not None:
+            qkv = partition_windows(qkv, run.window, fill=project(jnp.zeros_like(x[0, 0, 0])))
+        n, side = qkv.shape[:2]
         if run.pools:
             q, k, v = jnp.split(qkv, 3, axis=-1)
             q, side = max_pool(q), side // 2
@@ -58,17 +66,14 @@ class Attention(nn.Module):
             q, k, v = qkv.reshape(3, n * run.heads, side * side, width)
             context = attend_square(q, k, v, scale=width**-0.5)
             context = context.reshape(n, run.heads, side * side, width).transpose(0, 2, 1, 3)
-        return dense("proj", run.width, self.config.dtype)(
-            context.reshape(n, side, side, run.width)
-        )
+        context = context.reshape(n, side, side, run.width)
+        if run.window is not None:
+            context = join_windows(context, x.shape[1] // 2 if run.pools else x.shape[1])
+        return dense("proj", run.width, self.config.dtype)(context)
 
 
 class Block(nn.Module):
-    """A transformer block; where it pools, its shortcut is a projection of the normed input.
-
-    Windows are padded after the norm and the padding is not masked: it attends and is attended to
-    as the bias of `qkv`, as in the original.
-    """
+    """A transformer block; where it pools, its shortcut is a projection of the normed input."""
 
     config: Sam2Config
     run: Run
@@ -77,16 +82,9 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b g g c"], _: None = None):
         config, run = self.config, self.run
         y = layer_norm("norm1", LAYER_NORM_EPSILON, config.dtype)(x)
-        grid = x.shape[1]
         if run.pools:
-            grid //= 2
             x = max_pool(dense("proj", run.width, config.dtype)(y)).astype(jnp.float32)
-        attention = Attention(config, run, name="attn")
-        if run.window is None:
-            y = attention(y)
-        else:
-            y = join_windows(attention(partition_windows(y, run.window)), grid)
-        x = x + y
+        x = x + Attention(config, run, name="attn")(y)
         y = layer_norm("norm2", LAYER_NORM_EPSILON, config.dtype)(x)
         widths = (config.mlp_ratio * run.width, run.width)
         mlp = Mlp(widths, "gelu", config.dtype, ("layers_0", "layers_1"), name="mlp")
