@@ -61,40 +61,55 @@ def main() -> None:
     print(f"\noptimizer: {update_seconds(config, trainable):.2f} s an update")
 
 
-def compare(config: ExperimentConfig, images: int, phrases: int, repeats: int) -> Params:
-    """Times forward and backward pass by turns; returns the trainable parameters."""
-    model, stage = config.model, config.stages[0]
-    trainable, frozen = split_params(initial_params(config), stage.trainable)
-    given = jax.device_put(read_batch(model, images, phrases))
-    features = jax.jit(encode_image, static_argnums=0)(
-        model, frozen, given.sam_image, given.sam_size
-    )
-    stored = CachedFeatures((features.embedding, *features.high_res))
-    cached = dataclasses.replace(given, sam_image=None, image_features=stored)
-    count = given.phrase_valid.sum(dtype=jnp.float32)
-    loss = make_loss(model, "text", stage.loss)
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+class Steps:
+    """Forward and backward pass on a batch as it is, and with its images' features.
 
-    def step(batch: Batch) -> float:
-        (value, _), _ = jax.block_until_ready(gradient(trainable, frozen, batch, count))
+    Attributes:
+      given: the batch, on the device.
+      cached: the same with features in place of the segmenter's images.
+    """
+
+    def __init__(self, config: ExperimentConfig, batch: Batch):
+        self.model, stage = config.model, config.stages[0]
+        self.trainable, self.frozen = split_params(initial_params(config), stage.trainable)
+        self.given = jax.device_put(batch)
+        features = jax.jit(encode_image, static_argnums=0)(
+            self.model, self.frozen, self.given.sam_image, self.given.sam_size
+        )
+        stored = CachedFeatures((features.embedding, *features.high_res))
+        self.cached = dataclasses.replace(self.given, sam_image=None, image_features=stored)
+        self.phrases = self.given.phrase_valid.sum(dtype=jnp.float32)
+        self.weights = stage.loss
+        loss = make_loss(self.model, "text", self.weights)
+        self._gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def run(self, batch: Batch) -> float:
+        """Computes the loss and its gradients, and returns the loss."""
+        found = self._gradient(self.trainable, self.frozen, batch, self.phrases)
+        (value, _), _ = jax.block_until_ready(found)
         return float(value)
 
-    print(f"losses {step(given):.7f} and {step(cached):.7f}")
-    counted = make_loss(without_remat(model), "text", stage.loss)
-    computed, read = (
-        step_flops(counted, trainable, frozen, batch, count, has_aux=True)
-        for batch in (given, cached)
-    )
+    def flops(self, batch: Batch) -> int:
+        loss = make_loss(without_remat(self.model), "text", self.weights)
+        return step_flops(loss, self.trainable, self.frozen, batch, self.phrases, has_aux=True)
+
+
+def compare(config: ExperimentConfig, images: int, phrases: int, repeats: int) -> Params:
+    """Times forward and backward pass by turns; returns the trainable parameters."""
+    steps = Steps(config, read_batch(config.model, images, phrases))
+    given, cached = steps.given, steps.cached
+    print(f"losses {steps.run(given):.7f} and {steps.run(cached):.7f}")
+    computed, read = steps.flops(given), steps.flops(cached)
     print(
         f"operations of a step: {computed / 1e12:.2f}e12 and {read / 1e12:.2f}e12, "
         f"ratio {computed / read:.2f}"
     )
     print_comparison(
         f"{images} images of {phrases} phrases, forward and backward pass",
-        {"features read": lambda: step(cached), "features computed": lambda: step(given)},
+        {"features read": lambda: steps.run(cached), "features computed": lambda: steps.run(given)},
         repeats,
     )
-    return trainable
+    return steps.trainable
 
 
 def update_seconds(config: ExperimentConfig, trainable: Params) -> float:

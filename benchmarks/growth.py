@@ -1,0 +1,174 @@
+"""How time and memory of a training step grow, as a figure: with images, phrases, size, devices.
+
+    pip install matplotlib && python -m benchmarks.growth --figure benchmarks/growth.png
+
+BEiT-3-B and SAM ViT-B in float32 on the embedded data set, images through the segmenter's encoder,
+forward and backward pass and update. From 2 images of 2 phrases in frames of 512 pixels one number
+is changed at a time; devices are virtual ones of this CPU, 8 images shared out among them with
+parameters split over all (ZeRO-3), so their time shows overhead and no speed. Memory is what the
+compiler reserves on a device: inputs, outputs and temporaries.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A collective of virtual devices blocks a thread of XLA's pool for each of them.
+os.environ.setdefault("NPROC", "64")
+
+import argparse
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import environment
+from benchmarks.cached_step import read_batch
+from configs.refcoco import get_config
+from data_pipelines.batch import Batch
+from evf_sam_jax.experiment import experiment_from_dict
+from evf_sam_jax.initialize import initial_params
+from evf_sam_jax.model_dir import path_leaves
+from evf_sam_jax.models.beit3 import Beit3Config
+from evf_sam_jax.models.evf_sam import EvfSamConfig, with_dtype
+from evf_sam_jax.models.sam.config import SamConfig
+from evf_sam_jax.param_rules import merge
+from evf_sam_jax.sharding import MeshConfig, make_mesh, put_batch
+from evf_sam_jax.stage import Stage, make_stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a step is given: images in the batch, phrases of each, side of a frame, devices."""
+
+    images: int = 2
+    phrases: int = 2
+    frame: int = 512
+    devices: int = 1
+
+
+AXES = {
+    "images": [Point(images=n) for n in (1, 2, 4, 8)],
+    "phrases": [Point(phrases=n) for n in (1, 2, 4, 8)],
+    "frame": [Point(frame=n) for n in (256, 512, 768, 1024)],
+    "devices": [Point(images=8, devices=n) for n in (1, 2, 4, 8)],
+}
+LABELS = {
+    "images": "images in a batch",
+    "phrases": "phrases of an image",
+    "frame": "side of the frame, pixels",
+    "devices": "virtual devices, 8 images",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a step: median, smallest and largest seconds, GB on a device, 1e12 operations."""
+
+    seconds: tuple[float, float, float]
+    gigabytes: float
+    operations: float
+
+
+def measure(point: Point, repeats: int) -> Cost:
+    stage = stage_of(point)
+    batch = with_phrases(read_batch(stage.model, point.images, 1), point.phrases)
+    leaves = path_leaves(merge(stage.placement.state.trainable, stage.placement.state.frozen))
+    seconds = []
+    with jax.set_mesh(stage.mesh):
+        placed = put_batch(stage.mesh, batch, point.images)
+        step = stage.step().lower(stage.shapes, placed).compile()
+        state = stage.create(initial_params(stage.experiment, leaves))
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, placed))
+            seconds.append(time.perf_counter() - begin)
+        assert np.isfinite(float(metrics.loss))
+    memory = step.memory_analysis()
+    assert memory is not None, "the compiler for CPUs says what a program needs"
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(0, fresh)
+    seconds = seconds[1:]
+    spread = statistics.median(seconds), min(seconds), max(seconds)
+    return Cost(spread, size / 1e9, stage.flops(batch) / 1e12)
+
+
+def stage_of(point: Point) -> Stage:
+    """The paper's stage with the smaller model, on so many devices."""
+    config = experiment_from_dict(get_config("foundations=none,data=none").to_dict())
+    segmenter = dataclasses.replace(SamConfig.vit_b(), image_size=point.frame, encoder_chunk=None)
+    model = with_dtype(EvfSamConfig(Beit3Config.base(), segmenter), "float32")
+    config = dataclasses.replace(
+        config,
+        model=model,
+        init=dataclasses.replace(config.init, frozen_dtype="float32"),
+        mesh=MeshConfig(data=1, fsdp=point.devices, zero_stage=3),
+        evaluation=dataclasses.replace(config.evaluation, batch_size=point.devices),
+    )
+    stage = dataclasses.replace(config.stages[0], batch_size=point.images, accumulate=1)
+    config = dataclasses.replace(config, stages=(stage,))
+    return make_stage(config, stage, make_mesh(config.mesh))
+
+
+def with_phrases(batch: Batch, phrases: int) -> Batch:
+    """The first phrase of each image as often as is wanted."""
+    fields = ("text_ids", "text_valid", "phrase_valid", "mask")
+    repeated = {name: np.repeat(getattr(batch, name), phrases, axis=1) for name in fields}
+    return dataclasses.replace(batch, **repeated)
+
+
+def draw(found: dict[str, list[tuple[int, Cost]]], figure: Path) -> None:
+    """A column of two plots for each axis: seconds above, memory below."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(12, 5.5), layout="constrained")
+    plots = canvas.subplots(2, len(found), sharey="row")
+    for column, (axis, costs) in enumerate(found.items()):
+        sizes = [size for size, _ in costs]
+        middle = np.asarray([cost.seconds for _, cost in costs])
+        errors = np.abs(middle[:, 1:] - middle[:, :1]).T
+        above, below = plots[:, column]
+        above.errorbar(sizes, middle[:, 0], yerr=errors, marker="o", capsize=3)
+        below.plot(sizes, [cost.gigabytes for _, cost in costs], marker="o", color="tab:orange")
+        below.set_xlabel(LABELS[axis])
+        for plot in (above, below):
+            plot.set_xticks(sizes)
+            plot.set_ylim(bottom=0)
+            plot.grid(alpha=0.3)
+    plots[0, 0].set_ylabel("seconds a step")
+    plots[1, 0].set_ylabel("GB on a device")
+    canvas.savefig(figure, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)
+    print(environment.describe())
+    print("\n| images | phrases | frame | devices | s a step | 1e12 operations | GB a device |")
+    print("|---|---|---|---|---|---|---|")
+    measured: dict[Point, Cost] = {}
+    for point in dict.fromkeys(point for axis in options.axes for point in AXES[axis]):
+        cost = measured[point] = measure(point, options.repeats)
+        middle, least, most = cost.seconds
+        print(
+            f"| {point.images} | {point.phrases} | {point.frame} | {point.devices} "
+            f"| {middle:.2f} ({least:.2f} to {most:.2f}) | {cost.operations:.2f} "
+            f"| {cost.gigabytes:.2f} |",
+            flush=True,
+        )
+    if options.figure:
+        axes = {
+            axis: [(getattr(point, axis), measured[point]) for point in AXES[axis]]
+            for axis in options.axes
+        }
+        draw(axes, options.figure)
+
+
+if __name__ == "__main__":
+    main()
