@@ -32,6 +32,7 @@ from data_pipelines.segmentations import encode_mask
 from data_pipelines.source import SEMANTIC_PREFIX
 from evf_sam_jax import visualize
 from evf_sam_jax.errors import UserError, run_app
+from evf_sam_jax.models.quantized import CHOICES as INT8_CHOICES
 from evf_sam_jax.output_directory import new_directory
 from evf_sam_jax.prediction_jobs import FileJob, image_files, read_jobs, with_prefix
 from evf_sam_jax.predictor import (
@@ -58,6 +59,7 @@ class Request:
       texts: phrases asked of every image; or else
       id_lines: phrases as token ids, such as "0 5 2".
       dtype: "float32" or "bfloat16".
+      int8: as of `Predictor.load`.
       semantic: whether phrases are names of classes, which `[semantic] ` is put before.
       multimask: three alternatives a prompt.
       no_target_pixels: a mask of fewer positive pixels is said to have no target.
@@ -70,6 +72,7 @@ class Request:
     texts: tuple[str, ...] = ()
     id_lines: tuple[str, ...] = ()
     dtype: str = "float32"
+    int8: str = ""
     semantic: bool = False
     multimask: bool = False
     no_target_pixels: int = NO_TARGET_PIXELS
@@ -134,7 +137,7 @@ def predict_files(request: Request) -> Outcome:
         with new_directory(request.out, name="--out") as directory:
             if alone:  # before the model, which takes longer
                 pixels = image_input.read_image(jobs[0].image)
-            predictor = Predictor.load(request.model, dtype=request.dtype)
+            predictor = Predictor.load(request.model, dtype=request.dtype, int8=request.int8)
             _check_phrases(predictor, jobs, request.semantic)
             if alone:
                 prepared = _prepare(predictor, predictor.prepare_image(pixels), jobs[0], request)
@@ -393,6 +396,12 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "float32: exact; bfloat16: half the memory."
     )
+    flags.DEFINE_enum(
+        "int8",
+        "",
+        ["", *INT8_CHOICES],
+        "Linear layers in 8 bits, their inputs too or not; needs the extra int8.",
+    )
     flags.DEFINE_bool(
         "semantic", False, "Phrases are names of classes: '[semantic] ' is put before them."
     )
@@ -423,6 +432,7 @@ def main(argv: list[str]) -> None:
         texts=tuple(options.text),
         id_lines=tuple(options.text_ids),
         dtype=options.dtype,
+        int8=options.int8,
         semantic=options.semantic,
         multimask=options.multimask,
         no_target_pixels=options.no_target_pixels,

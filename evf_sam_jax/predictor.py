@@ -30,7 +30,7 @@ from PIL import Image
 from data_pipelines import tokenizers
 from evf_sam_jax import mask_geometry, model_dir, model_inputs
 from evf_sam_jax.errors import UserError
-from evf_sam_jax.models import evf_sam
+from evf_sam_jax.models import evf_sam, quantized
 from evf_sam_jax.models.families import attention_of
 from evf_sam_jax.models.interfaces import (
     ImageFeatures,
@@ -196,7 +196,11 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, dtype: str = "float32", antialias: bool = True
+        cls,
+        path: str | os.PathLike,
+        dtype: str = "float32",
+        antialias: bool = True,
+        int8: str = "",
     ) -> "Predictor":
         """Loads a model directory.
 
@@ -204,12 +208,16 @@ class Predictor:
           path: written by `python -m convert` or at the end of a training.
           dtype: "float32" for the original's numbers, "bfloat16" for speed and half the memory.
           antialias: as of `model_inputs.tower_images`.
+          int8: "weights" for a quarter of float32's memory, "weights_and_activations" for products
+            of 8-bit integers too, see `models/quantized.py`; "" for neither.
 
         Raises:
-          UserError: no model directory, one of another version, one without the whole model, or
-            a dtype that is neither.
+          UserError: no model directory, one of another version, one without the whole model, a
+            dtype that is neither, or an `int8` that there is not.
         """
         _check_dtype(dtype)
+        if int8:
+            quantized.check_choice(int8)
         manifest = model_dir.read_manifest(path)
         missing = [key for key in ("encoder", "segmenter") if key not in manifest.config]
         if missing:
@@ -221,7 +229,10 @@ class Predictor:
         if manifest.has_tokenizer:
             # Whoever asks shall know that the end would not be read.
             tokenizer = model_inputs.load_tokenizer(path, config, truncates=False)
-        return cls(config, _load_params(path, config, dtype), tokenizer, antialias)
+        params = _load_params(path, config, dtype)
+        if int8:
+            config, params = quantized.quantize(config, params, int8)
+        return cls(config, params, tokenizer, antialias)
 
     @classmethod
     def load_segmenter(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":

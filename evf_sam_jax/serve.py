@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from absl import flags
 
 from evf_sam_jax.errors import UserError, run_app
+from evf_sam_jax.models.quantized import CHOICES as INT8_CHOICES
 from evf_sam_jax.predictor import TOKEN_BUCKETS, Predictor
 
 try:  # what the extra `serve` installs
@@ -40,6 +41,12 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "The model directory.")
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "float32: exact; bfloat16: half the memory."
+    )
+    flags.DEFINE_enum(
+        "int8",
+        "",
+        ["", *INT8_CHOICES],
+        "Linear layers in 8 bits, their inputs too or not; needs the extra int8.",
     )
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen to; 0.0.0.0 is all.")
     flags.DEFINE_integer("port", 7860, "The port to listen to; 0 takes a free one.", 0, 65535)
@@ -79,7 +86,7 @@ def main(argv: list[str]) -> None:
     )
     batching = Batching(requests=options.max_requests, images=options.max_images)
     with listening(options.host, options.port) as listener:
-        predictor = Predictor.load(options.model, dtype=options.dtype)
+        predictor = Predictor.load(options.model, dtype=options.dtype, int8=options.int8)
         if options.warm_up:
             predictor.warm_up(
                 batching.images, limits.prompts, TOKEN_BUCKETS[0], points=options.page

@@ -72,6 +72,10 @@ class EvfSamConfig:
                 f"model.projector_width: expected None or a positive integer, found {width!r}"
             )
 
+    def module(self) -> nn.Module:
+        """The model as a Flax module with the methods of `EvfSam`."""
+        return EvfSam(self)
+
     @classmethod
     def tiny(cls) -> "EvfSamConfig":
         """A model for tests."""
@@ -192,7 +196,8 @@ def draw_params(config: EvfSamConfig, rng: Array) -> Params:
 
 
 def _apply(config: EvfSamConfig, params: Params, method: Callable[..., Any], *inputs: Any) -> Any:
-    return EvfSam(config).apply({"params": params}, *inputs, method=method)
+    # By name: a module may have another method of that name.
+    return config.module().apply({"params": params}, *inputs, method=method.__name__)
 
 
 def encode_image(

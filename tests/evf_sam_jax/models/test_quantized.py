@@ -1,0 +1,100 @@
+"""Models whose linear layers have 8 bits: which those are, and what they compute."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from evf_sam_jax import model_dir
+from evf_sam_jax.errors import UserError
+from evf_sam_jax.models import evf_sam, quantized
+from evf_sam_jax.models.evf_sam import MATRICES
+from evf_sam_jax.models.sam2.config import Sam2Config
+from tests.evf_sam_jax.tiny_experiment import MODEL
+
+PARAMS = evf_sam.init_params(MODEL, jax.random.key(0))
+BIASED = {path: leaf + 0.01 for path, leaf in model_dir.path_leaves(PARAMS).items()}
+PARAMS = model_dir.nest(BIASED)  # no bias is zero
+
+
+def outputs(config: evf_sam.EvfSamConfig, params: evf_sam.Params) -> list[np.ndarray]:
+    """The embedding of an image, and the prompts of two phrases, one of them padded."""
+    rng = np.random.default_rng(0)
+    side, small = config.segmenter.image_size, config.encoder.image_size
+    frame = jnp.asarray(rng.integers(0, 256, (1, side, side, 3)), jnp.uint8)
+    features = jax.jit(evf_sam.encode_image, static_argnums=0)(
+        config, params, frame, jnp.full((1, 2), side)
+    )
+    image = jnp.asarray(rng.normal(size=(1, small, small, 3)), jnp.float32)
+    valid = jnp.asarray([[[True] * 5, [True] * 3 + [False] * 2]])
+    ids = jnp.where(valid, jnp.asarray(rng.integers(4, 100, (1, 2, 5)), jnp.int32), 1)
+    prompts = jax.jit(evf_sam.encode_phrases, static_argnums=0)(config, params, image, ids, valid)
+    return [np.asarray(features.embedding, np.float32), np.asarray(prompts, np.float32)]
+
+
+def rounded(path: str, leaf: jax.Array) -> jax.Array:
+    """A kernel on the grid of 256 values that each of its columns has to itself."""
+    is_matrix = re.fullmatch(MATRICES, path) and path.endswith("kernel")
+    if not is_matrix or re.search("(patch|vision)_embed/", path):  # which are convolutions
+        return leaf
+    kernel = np.asarray(leaf)
+    scale = np.abs(kernel).max(axis=-2, keepdims=True) / 127.5
+    return jnp.asarray(np.clip(np.round(kernel / scale), -128, 127) * scale)
+
+
+def test_weights_in_8_bits_are_the_model_with_rounded_kernels():
+    config, params = quantized.quantize(MODEL, PARAMS, "weights")
+    near = model_dir.nest({path: rounded(path, leaf) for path, leaf in BIASED.items()})
+    for found, expected, exact in zip(
+        outputs(config, params), outputs(MODEL, near), outputs(MODEL, PARAMS), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(exact).max(), rtol=0)
+        assert np.abs(found - exact).max() > 1e-3 * np.abs(exact).max()  # it is rounded at all
+
+
+def test_kernels_of_linear_layers_have_8_bits_and_nothing_else():
+    _, params = quantized.quantize(MODEL, PARAMS, "weights")
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/array/qvalue")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.dtype == jnp.int8
+    }
+    expected = {path for path, leaf in BIASED.items() if rounded(path, leaf) is not leaf}
+    assert found == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inputs_in_8_bits_are_near(dtype: str):
+    model = evf_sam.with_dtype(MODEL, dtype)
+    config, params = quantized.quantize(model, PARAMS, "weights_and_activations")
+    for found, exact in zip(outputs(config, params), outputs(MODEL, PARAMS), strict=True):
+        error = np.abs(found - exact).max() / np.abs(exact).max()
+        assert 1e-4 < error < 0.06
+
+
+def test_the_segmenter_alone_can_be_quantised():
+    config, params = quantized.quantize(MODEL, {"segmenter": PARAMS["segmenter"]}, "weights")
+    assert set(params) == {"segmenter"}
+    assert "int8" in str(jax.eval_shape(lambda: params))
+    assert config.segmenter == MODEL.segmenter
+
+
+def test_sam2_can_be_quantised():
+    segmenter = dataclasses.replace(Sam2Config.tiny(), dtype="float32")
+    model = dataclasses.replace(MODEL, segmenter=segmenter)
+    params = evf_sam.init_params(model, jax.random.key(1))
+    config, small = quantized.quantize(model, params, "weights")
+    for found, exact in zip(outputs(config, small), outputs(model, params), strict=True):
+        assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_mistakes_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError) as error:
+        quantized.quantize(MODEL, PARAMS, "w4")
+    assert str(error.value) == "int8: expected weights or weights_and_activations, found 'w4'"
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="int8: expected qwix, found none"):
+        quantized.quantize(MODEL, PARAMS, "weights")
