@@ -108,6 +108,7 @@ def test_features_that_were_cached_train_as_the_photograph(
         train(experiment_from_dict(values.to_dict()), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_held_out_phrases_without_room_are_named(directories, tmp_path: Path):
     config = config_of(directories)
     config.stages.finetune.steps = 1

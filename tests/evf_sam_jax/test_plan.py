@@ -304,6 +304,7 @@ def test_without_libtpu_the_plan_says_what_is_missing():
         tpu_devices("v5e:2x4")
 
 
+@pytest.mark.slow
 def test_the_command_says_all_that_and_agrees_with_the_compiler():
     result = command(
         "--config=tests/evf_sam_jax/tiny_config.py",
