@@ -31,7 +31,7 @@ from data_pipelines import tokenizers
 from evf_sam_jax import mask_geometry, model_dir, model_inputs
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam, quantized
-from evf_sam_jax.models.families import attention_of
+from evf_sam_jax.models.families import attention_of, families_with_attention
 from evf_sam_jax.models.interfaces import (
     ImageFeatures,
     MaskPrediction,
@@ -489,7 +489,8 @@ class Predictor:
         """
         encoder = self.config.encoder
         if attention_of(encoder) is None:
-            raise UserError(f"attention_map: expected BEiT-3 as encoder, found {encoder.family}")
+            able = " or ".join(families_with_attention())
+            raise UserError(f"attention_map: expected {able} as encoder, found {encoder.family}")
         if encoder.fusion == "text":
             raise UserError("attention_map: expected an encoder that sees the image, found text")
         [ids] = self.token_ids(*(([text], None) if isinstance(text, str) else (None, [text])))

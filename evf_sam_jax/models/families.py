@@ -58,6 +58,11 @@ def attention_of(config: EncoderConfig) -> Callable[..., Array] | None:
     return ENCODERS[config.family].attention
 
 
+def families_with_attention() -> list[str]:
+    """Names of the encoders that `attention_of` has a function for."""
+    return [name for name, family in ENCODERS.items() if family.attention is not None]
+
+
 def tower_to_dict(config: EncoderConfig | SegmenterConfig) -> dict[str, Any]:
     """Returns a JSON-serialisable dict that `tower_from_dict` reads."""
     return {"family": config.family, **dataclasses.asdict(config)}
