@@ -30,7 +30,10 @@ of the data; rows of one seed see the same batches, and begin with the same segm
 compared seed by seed: a difference counts where it has the same sign with every seed.
 
 A row that is finished is not run again, one that was interrupted goes on. Each is a process with
-one thread, as many at a time as there are cores.
+one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has the results of
+the runs that benchmarks/RESULTS.md shows:
+
+    python -m benchmarks.ablation_shapes --out runs --results benchmarks/ablation_shapes.json
 """
 
 import argparse
@@ -42,7 +45,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,27 +194,48 @@ def run_of(setting: Setting, row: Row, seed: int, out: Path) -> Run:
     return Run("+".join(name) or "usual", seed, ",".join(parts))
 
 
-def all_runs(seed: int, out: Path) -> list[Run]:
+def all_runs(settings: Sequence[Setting], seed: int, out: Path) -> list[Run]:
     """Every training of a seed but the first one, each once."""
     runs = [
         run_of(setting, row, seed, out)
-        for setting in (*SETTINGS, *CONTROLS)
+        for setting in settings
         for table in setting.tables
         for row in table.rows
     ]
     return list(dict.fromkeys(runs))
 
 
-def result_file(out: Path, run: Run) -> Path:
-    return out / f"{run.directory}.json"
+class Results:
+    """Scores and costs of runs by the directory of each, kept in a JSON file.
+
+    Args:
+      file: is read if it exists, and written when a run ends.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._lock = threading.Lock()
+        self.found: dict[str, dict[str, float]] = {}
+        if file.exists():
+            self.found = json.loads(file.read_text())
+
+    def add(self, run: Run, values: dict[str, float]) -> None:
+        with self._lock:
+            self.found[run.directory] = values
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps(dict(sorted(self.found.items())), indent=1) + "\n")
+            partial.replace(self._file)
+
+    def ciou(self, run: Run) -> float:
+        return self.found[run.directory]["ciou"]
 
 
-def execute(run: Run, out: Path) -> None:
-    """Trains with one thread, unless it has been done, and writes scores and costs."""
-    result = result_file(out, run)
-    if result.exists():
-        return
+def execute(run: Run, out: Path, results: Results) -> None:
+    """Trains with one thread, unless it has been done, and notes scores and costs."""
     workdir = out / run.directory
+    needed = run.name == "pretrain" and not (workdir / "model").exists()
+    if run.directory in results.found and not needed:
+        return
     workdir.parent.mkdir(parents=True, exist_ok=True)
     environ = {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
     command = [
@@ -222,7 +246,6 @@ def execute(run: Run, out: Path) -> None:
         f"--workdir={workdir}",
         "--config.evaluation.panel_images=0",
     ]
-    start = time.perf_counter()
     with open(f"{workdir}.log", "a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -234,26 +257,19 @@ def execute(run: Run, out: Path) -> None:
         found |= json.loads(line)
     stage = "pretrain" if run.name == "pretrain" else "referring"
     values = {
-        "ciou": found[f"{stage}/val_ciou"],
-        "giou": found[f"{stage}/val_giou"],
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "wall_seconds": time.perf_counter() - start,
+        "ciou": round(found[f"{stage}/val_ciou"], 5),
+        "giou": round(found[f"{stage}/val_giou"], 5),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
     }
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps({"arguments": run.arguments, **values}, indent=2) + "\n")
-    partial.replace(result)
+    results.add(run, values)
     print(f"{run.directory}: cIoU {values['ciou']:.3f}, {values['cpu_seconds']:.0f} s", flush=True)
 
 
-def execute_all(runs: Sequence[Run], out: Path, at_once: int) -> None:
+def execute_all(runs: Sequence[Run], out: Path, results: Results, at_once: int) -> None:
     """Runs `at_once` at a time; raises what the first one raised that failed."""
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        for finished in [pool.submit(execute, run, out) for run in runs]:
+        for finished in [pool.submit(execute, run, out, results) for run in runs]:
             finished.result()
-
-
-def read_ciou(out: Path, run: Run) -> float:
-    return json.loads(result_file(out, run).read_text())["ciou"]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -262,10 +278,10 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{form(statistics.mean(values))} ({form(min(values))} to {form(max(values))})"
 
 
-def print_table(setting: Setting, table: Table, seeds: Sequence[int], out: Path) -> None:
+def print_table(setting: Setting, table: Table, seeds: Sequence[int], results: Results) -> None:
     """Prints each row beside the paper's, and each of its claims beside the differences here."""
     scores = {
-        row.name: [read_ciou(out, run_of(setting, row, seed, out)) for seed in seeds]
+        row.name: [results.ciou(run_of(setting, row, seed, Path())) for seed in seeds]
         for row in table.rows
     }
     print(f"\n{setting.name}: {table.name}")
@@ -281,29 +297,39 @@ def print_table(setting: Setting, table: Table, seeds: Sequence[int], out: Path)
         print(f"| {worse} < {better} | {spread(differences, '+')} | {verdict} |")
 
 
-def print_costs(out: Path) -> None:
-    costs = [json.loads(file.read_text()) for file in sorted(out.glob("*/seed_*.json"))]
-    seconds = sum(cost["cpu_seconds"] for cost in costs)
-    print(f"\n{len(costs)} runs, {seconds / 3600:.2f} CPU hours")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a JSON file: runs that it has are not run again, others are added to it; by default "
+        "results.json in --out",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--at_once", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     out = options.out.absolute()
-    execute_all([pretraining(seed) for seed in options.seeds], out, options.at_once)
-    runs = [run for seed in options.seeds for run in all_runs(seed, out)]
-    execute_all(runs, out, options.at_once)
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.results or out / "results.json")
+    first = [pretraining(seed) for seed in options.seeds]
+    runs = [
+        run
+        for settings in (SETTINGS, CONTROLS)
+        for seed in options.seeds
+        for run in all_runs(settings, seed, out)
+    ]
+    if any(run.directory not in results.found for run in runs):
+        execute_all(first, out, results, options.at_once)
+        execute_all(runs, out, results, options.at_once)
     print(f"\n{environment.describe()}; {PRETRAIN_STEPS} and {STEPS} steps of 16 images")
-    segmenters = [read_ciou(out, pretraining(seed)) for seed in options.seeds]
+    segmenters = [results.ciou(run) for run in first]
     print(f"the pre-trained segmenter, by clicks and boxes: {spread(segmenters)}")
     for setting in (*SETTINGS, *CONTROLS):
         for table in setting.tables:
-            print_table(setting, table, options.seeds, out)
-    print_costs(out)
+            print_table(setting, table, options.seeds, results)
+    seconds = sum(found["cpu_seconds"] for found in results.found.values())
+    print(f"\n{len(results.found)} runs, {seconds / 3600:.2f} CPU hours")
 
 
 if __name__ == "__main__":
