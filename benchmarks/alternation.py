@@ -1,10 +1,10 @@
-"""Times ways of doing a thing in alternation, so that a busy machine slows both alike."""
+"""Times ways of doing a thing in alternation, so that a busy machine slows all alike."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from benchmarks import environment
+from benchmarks import environment, roofline
 
 
 def print_comparison(
@@ -12,12 +12,17 @@ def print_comparison(
     runs: Mapping[str, Callable[[], object]],
     repeats: int,
     before: Callable[[], object] = lambda: None,
+    operations: Mapping[str, float] | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Runs each function `repeats` times by turns, and prints a table and ratios to the first.
 
     Args:
       before: what comes before each run, and is not timed.
+      operations: of each, in matrix products: the table has their rate beside that of plain matrix
+        products on this device in `dtype`, measured before.
     """
+    roof = None if operations is None else roofline.measure(dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -26,10 +31,28 @@ def print_comparison(
             run()
             times[name].append(time.perf_counter() - start)
     print(environment.describe())
+    if roof is not None:
+        print(f"{dtype}: {roof}")
     print(f"{title}, {repeats} runs in alternation\n")
-    print("| | median s | min | max |\n|---|---|---|---|")
+    print_times(times, operations, roof)
+
+
+def print_times(
+    times: Mapping[str, list[float]],
+    operations: Mapping[str, float] | None = None,
+    roof: roofline.Roofline | None = None,
+) -> None:
+    """Prints a table of seconds, and ratios to the first, run by run."""
+    more = "" if roof is None else " 1e12 operations | 1e9/s | of matrix products |"
+    print(f"| | median s | min | max |{more}\n|---|---|---|---|{'---|' * more.count(' |')}")
     for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
+        middle = statistics.median(found)
+        row = f"| {name} | {middle:.3f} | {min(found):.3f} | {max(found):.3f} |"
+        if operations is not None and roof is not None:
+            rate = operations[name] / middle
+            share = rate / roof.operations[0]
+            row += f" {operations[name] / 1e12:.2f} | {rate / 1e9:.0f} | {share:.0%} |"
+        print(row)
     print()
     (first, base), *others = times.items()
     for name, found in others:

@@ -4,7 +4,8 @@
 
 `models/attention.py` chooses among them: tiles with positions added; the same tiles with positions
 folded into queries and keys; XLA's own attention with folded positions, scores kept whole; and the
-kernels of an accelerator, where this is one. Each is compared with the first.
+kernels of an accelerator, where this is one. Each is compared with the first; operations are those
+of queries with keys and of weights with values, without positions.
 """
 
 import argparse
@@ -100,20 +101,16 @@ def main() -> None:
     for title, case in CASES.items():
         print(f"\n## {title}, {options.dtype}\n")
         with compiled_for(dataclasses.replace(target, fused=False)):
-            compare(
-                title,
-                ways(target, case, options.dtype),
-                operands(case, options.dtype),
-                options.repeats,
-            )
+            compare(title, case, ways(target, case, options.dtype), options)
 
 
 def compare(
     title: str,
+    case: Case,
     ways: dict[str, Callable[..., jax.Array]],
-    given: list[jax.Array],
-    repeats: int,
+    options: argparse.Namespace,
 ) -> None:
+    given = operands(case, options.dtype)
     runs: dict[str, Callable[[], object]] = {}
     exact: np.ndarray | None = None
     for name, attend in ways.items():
@@ -126,7 +123,13 @@ def compare(
             return jax.block_until_ready(compiled(*given))
 
         runs[name] = run
-    print_comparison(title, runs, repeats)
+    print_comparison(
+        title,
+        runs,
+        options.repeats,
+        operations=dict.fromkeys(runs, 4 * case.rows * case.side**4 * case.width),
+        dtype=options.dtype,
+    )
 
 
 if __name__ == "__main__":

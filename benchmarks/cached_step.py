@@ -108,6 +108,7 @@ def compare(config: ExperimentConfig, images: int, phrases: int, repeats: int) -
         f"{images} images of {phrases} phrases, forward and backward pass",
         {"features read": lambda: steps.run(cached), "features computed": lambda: steps.run(given)},
         repeats,
+        operations={"features read": read, "features computed": computed},
     )
     return steps.trainable
 

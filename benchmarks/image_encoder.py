@@ -3,10 +3,12 @@
     bash tests/install_parity.sh && python -m benchmarks.image_encoder --size vit_h
 
 Both encode the same image with the same weights in float32 on the CPU; the outputs are compared.
+Operations are the model's; the original also multiplies the padding of windows.
 """
 
 import argparse
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks.alternation import print_comparison
 from convert import sam as sam_table
+from evf_sam_jax.flops import count_flops
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.sam.config import SamConfig
 from tests.parity import sam_cases
@@ -48,10 +51,13 @@ def main() -> None:
 
     difference = np.abs(np.asarray(ours())[0] - theirs()[0].permute(1, 2, 0).numpy()).max()
     print(f"outputs differ by at most {difference:.1e}")
+    operations = count_flops(functools.partial(evf_sam.encode_image, config), params, image, size)
+    runs = {"segment-anything": theirs, "evf_sam_jax": ours}
     print_comparison(
         f"{options.size} image encoder, float32",
-        {"segment-anything": theirs, "evf_sam_jax": ours},
+        runs,
         options.repeats,
+        operations=dict.fromkeys(runs, operations),
     )
 
 

@@ -16,10 +16,20 @@ import numpy as np
 import skimage.data
 
 from benchmarks.alternation import print_comparison
+from evf_sam_jax.flops import count_flops
 from evf_sam_jax.models.beit3 import Beit3Config
-from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params, with_dtype
+from evf_sam_jax.models.evf_sam import (
+    EvfSamConfig,
+    Params,
+    decode,
+    encode_image,
+    encode_phrases,
+    init_params,
+    with_dtype,
+)
+from evf_sam_jax.models.interfaces import Prompts
 from evf_sam_jax.models.sam.config import SamConfig
-from evf_sam_jax.predictor import Job, Predictor
+from evf_sam_jax.predictor import TOKEN_BUCKETS, Job, Predictor
 
 PHRASES = (1, 4, 16, 64)
 TOKENS = 12
@@ -34,6 +44,29 @@ def load_predictor(options: argparse.Namespace) -> Predictor:
     )
     config = with_dtype(EvfSamConfig(encoder, segmenter), options.dtype)
     return Predictor(config, init_params(config, jax.random.key(0)))
+
+
+def operations(config: EvfSamConfig, params: Params, phrases: int) -> int:
+    """Of encoding an image and decoding phrases of 16 tokens, the bucket of theirs."""
+    side, small = config.segmenter.image_size, config.encoder.image_size
+
+    def predict(
+        params: Params, frame: jax.Array, size: jax.Array, image: jax.Array, ids: jax.Array
+    ) -> jax.Array:
+        features = encode_image(config, params, frame, size)
+        text = encode_phrases(config, params, image, ids, ids > 0)
+        prompts = Prompts(text=text)
+        return decode(config, params, features, prompts, multimask=False).low_res_logits
+
+    shape = jax.ShapeDtypeStruct
+    return count_flops(
+        predict,
+        params,
+        shape((1, side, side, 3), "uint8"),
+        shape((1, 2), "int32"),
+        shape((1, small, small, 3), "float32"),
+        shape((1, phrases, TOKEN_BUCKETS[0]), "int32"),
+    )
 
 
 def main() -> None:
@@ -64,11 +97,15 @@ def main() -> None:
         start = time.perf_counter()
         run()
         print(f"{name}: the first took {time.perf_counter() - start:.1f} s, compiling included")
+    one, more = (operations(predictor.config, predictor.params, count) for count in (1, 2))
+    counts = dict(zip(runs, (1, *options.phrases), strict=True))
     print_comparison(
         f"{options.model or options.encoder + ' and ' + options.segmenter}, {options.dtype}, "
         f"an image of {image.shape[0]} x {image.shape[1]}",
         runs,
         options.repeats,
+        operations={name: one + (count - 1) * (more - one) for name, count in counts.items()},
+        dtype=options.dtype,
     )
 
 

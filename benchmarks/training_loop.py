@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks import environment
+from benchmarks.alternation import print_times
 from benchmarks.cached_step import Steps, experiment, read_batch, update_seconds
 from data_pipelines.batch import Batch
 from evf_sam_jax.losses import DICE_EPSILON, DICE_SCALE
@@ -155,20 +156,9 @@ def main() -> None:
     print(
         f"{options.images} images of {options.phrases} phrases, {options.rounds} processes each\n"
     )
-    print("| | forward and backward, median s | min | max | update, median s |")
-    print("|---|---|---|---|---|")
-    for name, found in seconds.items():
-        step = found["step"]
-        print(
-            f"| {name} | {statistics.median(step):.2f} | {min(step):.2f} | {max(step):.2f} "
-            f"| {statistics.median(found['update']):.2f} |"
-        )
-    both = [found["step"] for found in seconds.values()]
-    ratios = [b / a for a, b in zip(*both, strict=True)]
-    print(
-        f"\nPyTorch / evf_sam_jax, without updates: median {statistics.median(ratios):.2f} "
-        f"({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    for what, title in (("step", "forward and backward pass"), ("update", "the update apart")):
+        print(f"{title}:\n")
+        print_times({name: found[what] for name, found in seconds.items()})
 
 
 def in_a_process(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
