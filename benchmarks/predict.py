@@ -88,7 +88,7 @@ def main() -> None:
 
     runs = {"encoder and decoder alone, 1 phrase": lambda: predictor.decode([prepared])}
     runs |= {
-        f"predict, {count} phrases": functools.partial(
+        f"predict, {count} phrase{'s' if count > 1 else ''}": functools.partial(
             predictor.predict, image, text_ids=ids[:count]
         )
         for count in options.phrases
