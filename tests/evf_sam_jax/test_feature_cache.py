@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -36,6 +39,7 @@ from evf_sam_jax.stage import make_stage
 from evf_sam_jax.train_step import make_loss
 from evf_sam_jax.training_data import TrainingData
 from tests.data_pipelines.tiny_dataset import TinyDataset
+from tests.evf_sam_jax.test_processes import ROOT, flag_arguments, free_port
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, REFERRING
 
 IMAGES = 5
@@ -138,6 +142,50 @@ def test_eight_devices_write_what_one_does(sam_features: Path, tmp_path: Path, m
         strict=True,
     ):
         np.testing.assert_allclose(one, eight, atol=1e-5)
+
+
+# One of several processes that write a directory together.
+PROGRAM = """
+import os
+from absl import flags
+from evf_sam_jax import processes
+from evf_sam_jax.errors import run_app
+from evf_sam_jax.feature_cache import write_features
+from tests.evf_sam_jax.test_feature_cache import SAM, mixture
+
+def main(argv):
+    options = flags.FLAGS
+    cluster = processes.find_cluster(
+        options.coordinator, options.process_count, options.process_index, os.environ
+    )
+    with processes.joined(cluster, options.join_timeout):
+        write_features(SAM, mixture(), argv[1])
+
+processes.define_flags()
+run_app(main)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(sam_features: Path, tmp_path: Path):
+    port = free_port()
+    together = tmp_path / "together"
+    environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    commands = [
+        [sys.executable, "-c", PROGRAM, *flag_arguments(port, 2, index, 120), str(together)]
+        for index in (0, 1)
+    ]
+    running = [subprocess.Popen(command, cwd=ROOT, env=environ) for command in commands]
+    assert [process.wait() for process in running] == [0, 0]
+    one, two = FeatureStore(sam_features), FeatureStore(together)
+    assert two.manifest.fingerprint == one.manifest.fingerprint
+    assert [(x.file, x.records) for x in two.manifest.shards] == [
+        (x.file, x.records) for x in one.manifest.shards
+    ]
+    for row in range(IMAGES):
+        image = mixture().read(row, ()).image
+        for found, expected in zip(two.read(image), one.read(image), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
