@@ -4,20 +4,21 @@ Scores are never kept whole where they are large. A frame of 64 x 64 tokens and 
 gigabyte of them, and writing that out and reading it back costs more than the matrix products do.
 So a square of tokens is attended in one of three ways, which `method_of` chooses:
 
-| method | what | where | why |
-|---|---|---|---|
-| tiles | XLA computes scores in tiles that stay in the cache, positions added | CPUs; float32 \
-| | anywhere; windows; where no kernel serves | on two CPU cores folding positions into q and k \
-| | makes a block 1.2 to 1.6 times as slow; a kernel would round float32; a window of 14 x 14 has \
-| | fewer scores than keys and values |
-| cudnn | `fused_attention.cudnn`, positions folded | NVIDIA GPUs from Hopper on, width <= 256 | \
-| | before Hopper cuDNN takes 128, less than ViT-H's 208 |
-| flash | `fused_attention.flash`, positions folded, padded to lanes | TPUs, width <= 256 | wider \
-| | rows were not tried |
+  - tiles: XLA computes scores in tiles that stay in the cache, and adds positions to them.
+    Where: CPUs; float32 on any device; windows; where neither kernel serves.
+    Why: on two CPU cores the same tiles with positions folded into queries and keys take 1.4 to 1.6
+    times as long, and XLA's attention with whole scores 2.7 to 4.1 times (medians of
+    `benchmarks/attention.py`). cuDNN takes no float32, and TPUs would round it.
+  - cudnn: `fused_attention.cudnn`, positions folded into queries and keys.
+    Where: whole frames in 16 bits, on NVIDIA GPUs from Hopper on, if no wider than 256 with them.
+    Why: scores never leave the chip. Before Hopper, cuDNN takes 128, and ViT-H needs 208.
+  - flash: `fused_attention.flash`, positions folded, widths padded to a TPU's 128 lanes.
+    Where: whole frames in 16 bits, on TPUs, if no wider than 256.
+    Why: as cudnn; wider rows were not tried.
 
-The CPU's figures are measured (`benchmarks/attention.py`). The kernels have been compiled for TPUs
-(v5e, v5p) and run in interpret mode, and have not been timed: `EVF_SAM_ATTENTION=xla` in the
-environment does without them.
+The kernels have been compiled for TPUs (v5e, v5p) and run in jax's interpreter; no accelerator has
+timed them. `EVF_SAM_ATTENTION=xla` in the environment does without them. What is no square
+(`attend`: BEiT-3's 200 tokens or so, pooled queries, decoders) has few scores, and keeps them.
 """
 
 import contextlib
