@@ -29,8 +29,8 @@ The result of a row is the cIoU on held-out images at the end. The seed decides 
 of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
 compared seed by seed: a difference counts where it has the same sign with every seed.
 
-A row that is finished is not run again, one that was interrupted goes on. Each is a process with
-one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has the results of
+A row that is finished is not run again, one that was interrupted goes on. Each is a process whose
+products have one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has the results of
 the runs that benchmarks/RESULTS.md shows:
 
     python -m benchmarks.ablation_shapes --out runs --results benchmarks/ablation_shapes.json
@@ -54,7 +54,7 @@ from benchmarks import environment
 
 SEEDS = (0, 1, 2)
 # Of a run, whose steps are tiny: a product is not shared out, and glibc keeps the memory of a step
-# for the next, which makes them half as fast again.
+# for the next, instead of giving it back.
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
     "MALLOC_ARENA_MAX": "1",
@@ -164,7 +164,7 @@ SETTINGS = (
     Setting("from_nothing", "pretrain_steps=0", (FUSION, READOUT, MODULES)),
 )
 CONTROLS = (
-    Setting("encoder_frozen", "train_encoder=false", (part(FUSION, "text only", "early"),)),
+    Setting("encoder_frozen", "train_encoder=false", (part(FUSION, "text only", "early"), READOUT)),
     Setting(
         "longer",
         _DECODER_FROZEN,
@@ -239,7 +239,7 @@ class Results:
 
 
 def execute(run: Run, out: Path, results: Results) -> None:
-    """Trains with one thread, unless it has been done, and notes scores and costs."""
+    """Trains, unless it has been done, and notes scores and costs."""
     workdir = out / run.directory
     needed = run.name == "pretrain" and not (workdir / "model").exists()
     if run.directory in results.found and not needed:
@@ -319,7 +319,11 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    results = Results(options.results or out / "results.json")
+    file = options.results or out / "results.json"
+    try:
+        results = Results(file)
+    except ValueError as error:
+        parser.error(f"--results: expected JSON in {file}, found something else ({error})")
     first = [pretraining(seed) for seed in options.seeds]
     runs = [
         run
