@@ -30,8 +30,8 @@ of the data; rows of one seed see the same batches, and begin with the same segm
 compared seed by seed: a difference counts where it has the same sign with every seed.
 
 A row that is finished is not run again, one that was interrupted goes on. Each is a process whose
-products have one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has the results of
-the runs that benchmarks/RESULTS.md shows:
+products have one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has
+the results of the runs that benchmarks/RESULTS.md shows:
 
     python -m benchmarks.ablation_shapes --out runs --results benchmarks/ablation_shapes.json
 """

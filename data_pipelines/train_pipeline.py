@@ -87,9 +87,9 @@ def iterate(
     try:
         yield batches
     finally:
-        batches.close()
         iterator.close()
         if workers:
+            batches.close()
             # The semaphores of workers lie in cycles, and Python 3.12 warns if those are collected
             # while the next workers get theirs (python/cpython#109629).
             del batches, iterator, stream

@@ -208,7 +208,7 @@ class Predictor:
           path: written by `python -m convert` or at the end of a training.
           dtype: "float32" for the original's numbers, "bfloat16" for speed and half the memory.
           antialias: as of `model_inputs.tower_images`.
-          int8: "weights" for a quarter of float32's memory, "weights_and_activations" for products
+          int8: "weights" for a third of float32's memory, "weights_and_activations" for products
             of 8-bit integers too, see `models/quantized.py`; "" for neither.
 
         Raises:

@@ -1,8 +1,8 @@
 """Softmax attention: the one door through which every tower attends.
 
 Scores are never kept whole where they are large. A frame of 64 x 64 tokens and 16 heads has a
-gigabyte of them, and writing that out and reading it back costs more than the matrix products do.
-So a square of tokens is attended in one of three ways, which `method_of` chooses:
+gigabyte of them, and on a CPU writing that out and reading it back costs more than the matrix
+products do. So a square of tokens is attended in one of three ways, which `method_of` chooses:
 
   - tiles: XLA computes scores in tiles that stay in the cache, and adds positions to them.
     Where: CPUs; float32 on any device; windows; where neither kernel serves.
@@ -16,9 +16,10 @@ So a square of tokens is attended in one of three ways, which `method_of` choose
     Where: whole frames in 16 bits, on TPUs, if no wider than 256.
     Why: as cudnn; wider rows were not tried.
 
-The kernels have been compiled for TPUs (v5e, v5p) and run in jax's interpreter; no accelerator has
-timed them. `EVF_SAM_ATTENTION=xla` in the environment does without them. What is no square
-(`attend`: BEiT-3's 200 tokens or so, pooled queries, decoders) has few scores, and keeps them.
+Pallas's kernel has been compiled for TPUs (v5e, v5p) and has run in jax's interpreter. cuDNN's has
+run nowhere yet: tests put XLA in its place. No accelerator has timed either;
+`EVF_SAM_ATTENTION=xla` in the environment does without them. What is no square (`attend`: BEiT-3's 200 tokens or so, pooled
+queries, decoders) has few scores, and keeps them.
 """
 
 import contextlib
@@ -108,7 +109,7 @@ def target_of(device: Any) -> Target:
 
 
 def method_of(target: Target, dtype: DTypeLike, tokens: int, width: int, side: int) -> Method:
-    """Returns how a square of tokens is attended; the table above.
+    """Returns how a square of tokens is attended; why is said at the top of this file.
 
     Args:
       width: of queries, keys and values.

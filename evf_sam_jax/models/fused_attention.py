@@ -96,7 +96,7 @@ def flash(
 
 
 def _flash_rows(query: Array, key: Array, value: Array) -> Array:
-    # Imported where it is used: Pallas costs a second.
+    # Imported where it is used, which is on TPUs alone.
     from jax.experimental.pallas.ops.tpu import flash_attention as tpu
 
     block = flash_block(query.shape[1])

@@ -44,7 +44,7 @@ class QuantizedConfig(EvfSamConfig):
             act_qtype=jnp.int8 if self.int8 == "weights_and_activations" else None,
         )
         provider = qwix.PtqProvider([rule])
-        return qwix.quantize_model(EvfSam(self), provider, methods=_METHODS)  # type: ignore[no-any-return]
+        return qwix.quantize_model(EvfSam(self), provider, methods=_METHODS)
 
 
 def quantize(config: EvfSamConfig, params: Params, int8: str) -> tuple[QuantizedConfig, Params]:

@@ -1,6 +1,7 @@
 """Models whose linear layers have 8 bits: which those are, and what they compute."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -15,9 +16,16 @@ from evf_sam_jax.models.evf_sam import MATRICES
 from evf_sam_jax.models.sam2.config import Sam2Config
 from tests.evf_sam_jax.tiny_experiment import MODEL
 
-PARAMS = evf_sam.init_params(MODEL, jax.random.key(0))
-BIASED = {path: leaf + 0.01 for path, leaf in model_dir.path_leaves(PARAMS).items()}
-PARAMS = model_dir.nest(BIASED)  # no bias is zero
+
+@functools.cache
+def leaves() -> dict[str, jax.Array]:
+    """By path; no bias is zero."""
+    params = evf_sam.init_params(MODEL, jax.random.key(0))
+    return {path: leaf + 0.01 for path, leaf in model_dir.path_leaves(params).items()}
+
+
+def params_of_model() -> evf_sam.Params:
+    return model_dir.nest(leaves())
 
 
 def outputs(config: evf_sam.EvfSamConfig, params: evf_sam.Params) -> list[np.ndarray]:
@@ -46,37 +54,44 @@ def rounded(path: str, leaf: jax.Array) -> jax.Array:
 
 
 def test_weights_in_8_bits_are_the_model_with_rounded_kernels():
-    config, params = quantized.quantize(MODEL, PARAMS, "weights")
-    near = model_dir.nest({path: rounded(path, leaf) for path, leaf in BIASED.items()})
+    config, params = quantized.quantize(MODEL, params_of_model(), "weights")
+    near = model_dir.nest({path: rounded(path, leaf) for path, leaf in leaves().items()})
     for found, expected, exact in zip(
-        outputs(config, params), outputs(MODEL, near), outputs(MODEL, PARAMS), strict=True
+        outputs(config, params),
+        outputs(MODEL, near),
+        outputs(MODEL, params_of_model()),
+        strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(exact).max(), rtol=0)
         assert np.abs(found - exact).max() > 1e-3 * np.abs(exact).max()  # it is rounded at all
 
 
 def test_kernels_of_linear_layers_have_8_bits_and_nothing_else():
-    _, params = quantized.quantize(MODEL, PARAMS, "weights")
+    _, params = quantized.quantize(MODEL, params_of_model(), "weights")
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/array/qvalue")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if leaf.dtype == jnp.int8
     }
-    expected = {path for path, leaf in BIASED.items() if rounded(path, leaf) is not leaf}
+    expected = {path for path, leaf in leaves().items() if rounded(path, leaf) is not leaf}
     assert found == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inputs_in_8_bits_are_near(dtype: str):
     model = evf_sam.with_dtype(MODEL, dtype)
-    config, params = quantized.quantize(model, PARAMS, "weights_and_activations")
-    for found, exact in zip(outputs(config, params), outputs(MODEL, PARAMS), strict=True):
+    config, params = quantized.quantize(model, params_of_model(), "weights_and_activations")
+    for found, exact in zip(
+        outputs(config, params), outputs(MODEL, params_of_model()), strict=True
+    ):
         error = np.abs(found - exact).max() / np.abs(exact).max()
         assert 1e-4 < error < 0.06
 
 
 def test_the_segmenter_alone_can_be_quantised():
-    config, params = quantized.quantize(MODEL, {"segmenter": PARAMS["segmenter"]}, "weights")
+    config, params = quantized.quantize(
+        MODEL, {"segmenter": params_of_model()["segmenter"]}, "weights"
+    )
     assert set(params) == {"segmenter"}
     assert "int8" in str(jax.eval_shape(lambda: params))
     assert config.segmenter == MODEL.segmenter
@@ -93,8 +108,8 @@ def test_sam2_can_be_quantised():
 
 def test_mistakes_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError) as error:
-        quantized.quantize(MODEL, PARAMS, "w4")
+        quantized.quantize(MODEL, params_of_model(), "w4")
     assert str(error.value) == "int8: expected weights or weights_and_activations, found 'w4'"
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="int8: expected qwix, found none"):
-        quantized.quantize(MODEL, PARAMS, "weights")
+        quantized.quantize(MODEL, params_of_model(), "weights")
