@@ -18,8 +18,8 @@ products do. So a square of tokens is attended in one of three ways, which `meth
 
 Pallas's kernel has been compiled for TPUs (v5e, v5p) and has run in jax's interpreter. cuDNN's has
 run nowhere yet: tests put XLA in its place. No accelerator has timed either;
-`EVF_SAM_ATTENTION=xla` in the environment does without them. What is no square (`attend`: BEiT-3's 200 tokens or so, pooled
-queries, decoders) has few scores, and keeps them.
+`EVF_SAM_ATTENTION=xla` in the environment does without them. What is no square (`attend`: BEiT-3's
+200 tokens or so, pooled queries, decoders) has few scores, and keeps them.
 """
 
 import contextlib
