@@ -18,12 +18,14 @@ So there are three settings, which were written down before the first run and ar
 (A decoder that is neither pre-trained nor trained makes no masks, so there is no fourth.) In the
 row of Table 4 whose decoder is frozen, `from_nothing` freezes a random one, and shows just that.
 
-Two more are controls, added after the first results, which differ from the paper's order:
+Three more are controls, added after the first results, which differ from the paper's order:
 
     encoder_frozen    As decoder_trained, but of the encoder only a projection of its random
                       features is learnt. What it scores the mask decoder has made of words alone.
     longer            As decoder_frozen, for four times as many steps: whether an encoder that has
                       to say where needs them.
+    longer_trained    As decoder_trained, for four times as many steps: whether what reads the words
+                      is ahead only while what reads the image too has yet to learn.
 
 The result of a row is the cIoU on held-out images at the end. The seed decides parameters and order
 of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
@@ -168,6 +170,12 @@ CONTROLS = (
     Setting(
         "longer",
         _DECODER_FROZEN,
+        (part(FUSION, "text only", "early"), part(READOUT, "text CLS", "image CLS")),
+        steps=4 * STEPS,
+    ),
+    Setting(
+        "longer_trained",
+        "",
         (part(FUSION, "text only", "early"), part(READOUT, "text CLS", "image CLS")),
         steps=4 * STEPS,
     ),
