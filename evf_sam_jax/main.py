@@ -10,8 +10,6 @@
 Any value of the config can be changed: `--config.stages.referring.steps=100`.
 """
 
-import os
-
 import jax
 from absl import flags, logging
 from etils import epath
@@ -58,8 +56,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir: expected a directory, found nothing")
     values, workdir = options.config.to_dict(), epath.Path(options.workdir)
     jax.config.update("jax_compilation_cache_dir", options.compilation_cache or None)
-    given = (options.coordinator, options.process_count, options.process_index)
-    with processes.joined(processes.find_cluster(*given, os.environ), options.join_timeout):
+    with processes.joined_by_flags():
         logging.info("devices: %s", jax.devices())
         if options.mode == "train":
             train(experiment_from_dict(values), workdir)

@@ -82,6 +82,17 @@ def define_flags() -> None:
     )
 
 
+def joined_by_flags() -> contextlib.AbstractContextManager[None]:
+    """`joined` with the processes that the flags of `define_flags`, or the environment, name.
+
+    Raises:
+      UserError: as `find_cluster` and `joined`.
+    """
+    options = flags.FLAGS
+    given = (options.coordinator, options.process_count, options.process_index)
+    return joined(find_cluster(*given, os.environ), options.join_timeout)
+
+
 def find_cluster(
     coordinator: str, count: int, index: int, environ: Mapping[str, str]
 ) -> Cluster | None:

@@ -146,19 +146,13 @@ def test_eight_devices_write_what_one_does(sam_features: Path, tmp_path: Path, m
 
 # One of several processes that write a directory together.
 PROGRAM = """
-import os
-from absl import flags
 from evf_sam_jax import processes
 from evf_sam_jax.errors import run_app
 from evf_sam_jax.feature_cache import write_features
 from tests.evf_sam_jax.test_feature_cache import SAM, mixture
 
 def main(argv):
-    options = flags.FLAGS
-    cluster = processes.find_cluster(
-        options.coordinator, options.process_count, options.process_index, os.environ
-    )
-    with processes.joined(cluster, options.join_timeout):
+    with processes.joined_by_flags():
         write_features(SAM, mixture(), argv[1])
 
 processes.define_flags()
