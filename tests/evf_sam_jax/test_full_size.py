@@ -1,11 +1,13 @@
 """The released model's sizes, stage by stage, against stored outputs of the PyTorch original.
 
 Takes some 25 minutes, 11 GB of disk and 13 GB of memory. `EVF_SAM_GOLDEN_MODEL=DIR` uses a model
-directory that was converted from the golden checkpoint before, instead of making one.
+directory that was converted from the golden checkpoint before, with a tokenizer, instead of making
+one.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from tests.evf_sam_jax.golden_outputs import (
     read,
     unpack,
 )
+from tests.evf_sam_jax.tiny_model import TOKENIZER
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +47,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "EVF_SAM_GOLDEN_MODEL" in os.environ:
         return Path(os.environ["EVF_SAM_GOLDEN_MODEL"])
     folder = tmp_path_factory.mktemp("full_size")
-    (folder / "source").mkdir()
+    shutil.copytree(TOKENIZER, folder / "source")
     golden_checkpoint.write_evf_sam(folder / "source")
     convert_command.main(["evf-sam", str(folder / "source"), str(folder / "model")])
     for file in (folder / "source").iterdir():
