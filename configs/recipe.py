@@ -303,6 +303,9 @@ def begun_towers(arguments: Mapping[str, Any]) -> tuple[EncoderConfig, Segmenter
 
     Args:
       arguments: with `model`, or with `foundations` and the names of two of them.
+
+    Raises:
+      ValueError: a foundation is of another family than its name says, or of the sizes of another.
     """
     towers: dict[str, Any] = {}
     if arguments["model"] == "" and arguments["foundations"] == "none":
@@ -314,7 +317,32 @@ def begun_towers(arguments: Mapping[str, Any]) -> tuple[EncoderConfig, Segmenter
             towers[tower] = tower_from_dict(tower, dict(read_manifest(directory).config[tower]))
         except (UserError, KeyError):
             towers[tower] = known[name]
+        if not arguments["model"]:
+            _require_named(directory, towers[tower], name, known)
     return towers["encoder"], towers["segmenter"]
+
+
+def _require_named(directory: str, found: Any, name: str, known: Mapping[str, Any]) -> None:
+    """Raises ValueError if a foundation is another one than its directory's name says.
+
+    Sizes that none of them has are somebody's own, and pass.
+    """
+    alike = [other for other, tower in known.items() if _sizes(tower) == _sizes(found)]
+    family = known[name].family
+    if found.family != family or (alike and name not in alike):
+        like = alike[0] if alike else f"{found.family}, not {family}"
+        raise ValueError(f"{directory}: expected {name}, found a model that looks like {like}")
+
+
+def _sizes(tower: Any) -> dict[str, Any]:
+    """What tells two foundations apart: numbers that no argument of a recipe or option changes."""
+    chosen = {"image_size", "early_layers", "encoder_chunk", "vocab_size"}
+    numbers = {
+        key: tuple(value) if isinstance(value, (list, tuple)) else value
+        for key, value in vars(tower).items()
+        if type(value) is int or isinstance(value, (list, tuple))
+    }
+    return {key: value for key, value in numbers.items() if key not in chosen}
 
 
 def trainable_rules(
@@ -344,6 +372,12 @@ def trainable_rules(
 
 def _encoder_choices(arguments: Mapping[str, Any], begun: EncoderConfig) -> dict[str, Any]:
     """Fields of the encoder's configuration that are asked to be other than they are."""
+    for key in ("early_layers", "image_fit", "projected"):
+        if arguments[key] != _AS_IT_IS and not hasattr(begun, key):
+            raise ValueError(
+                f"config argument {key!r}: expected none, as {begun.family} has no such choice and "
+                f"its fusion is {' or '.join(begun.readouts)}, found {arguments[key]!r}"
+            )
     chosen = {
         key: arguments[key]
         for key in ("fusion", "readout", "concat", "image_fit")

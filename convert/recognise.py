@@ -10,7 +10,11 @@ _SIGNS = (
     (r"prompt_encoder\.invalid_points\.weight", "EfficientSAM"),
     (r"image_encoder\.blocks\.0\.attn\.rel_pos_h", "SAM (ViT)"),
     (r"beit3\.text_embed\.weight", "BEiT-3"),
-    (r"(vilt\.)?embeddings\.text_embeddings\.word_embeddings\.weight", "ViLT (transformers)"),
+    (r"vilt\.embeddings\.text_embeddings\.word_embeddings\.weight", "ViLT (transformers)"),
+    (
+        r"embeddings\.text_embeddings\.word_embeddings\.weight",
+        "ViLT (transformers) saved without its heads, whose names lack `vilt.`",
+    ),
     (r"text_model\.embeddings\.token_embedding\.weight", "CLIP (transformers)"),
     (r"positional_embedding", "CLIP (OpenCLIP or OpenAI)"),
 )

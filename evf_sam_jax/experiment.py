@@ -396,17 +396,19 @@ def experiment_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
         paper=_build(PaperRow, values["paper"], "config.paper") if values.get("paper") else None,
     )
     experiment = _build(ExperimentConfig, values, "config")
-    _warn_of_profile(init, experiment.model.profile)
+    _warn_of_profile(init, experiment.model)
     return experiment
 
 
-def _warn_of_profile(init: InitConfig, profile: str) -> None:
+def _warn_of_profile(init: InitConfig, model: EvfSamConfig) -> None:
     """Says so if a model goes on in another profile than it was trained in."""
-    if init.model and (trained := read_manifest(init.model).profile) != profile:
+    if not init.model or not model.segmenter.stretches:  # of a SAM ViT both mean the same
+        return
+    if (trained := read_manifest(init.model).profile) != model.profile:
         logging.warning(
             "config.model.profile: %s, but %s was trained with %s: it sees other images, and its "
             "masks will be worse at first",
-            profile,
+            model.profile,
             init.model,
             trained,
         )

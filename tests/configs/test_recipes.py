@@ -150,6 +150,25 @@ def test_a_plan_needs_the_sizes_of_the_foundations_alone(full_size: Path, tmp_pa
         train(sizes_alone, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("argument", "found", "looks"),
+    [
+        ("encoder=beit3_large", "beit3_base", "beit3_base"),
+        ("segmenter=sam_vit_h", "sam_vit_b", "sam_vit_b"),
+        ("encoder=clip_l14", "beit3_base", "beit3_base"),
+    ],
+)
+def test_a_foundation_in_the_place_of_another_is_named(
+    argument: str, found: str, looks: str, full_size: Path, tmp_path: Path
+):
+    _, name = argument.split("=")
+    shutil.copytree(full_size / found, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=f"{name}: expected {name}, found a model that looks like {looks}"
+    ):
+        refcoco.get_config(f"foundations={tmp_path},data=there,{argument}")
+
+
 def test_values_are_those_of_the_paper(full_size: Path):
     config = refcoco.get_config(f"foundations={full_size},data=there")
     experiment = experiment_from_dict(config.to_dict())
@@ -341,6 +360,19 @@ def test_a_run_can_begin_with_a_whole_model(full_size: Path, tmp_path: Path):
     assert (experiment.init.model, experiment.init.encoder) == (str(tmp_path), "")
 
 
+@pytest.mark.parametrize(("name", "warned"), [("evf-sam2", True), ("evf-sam", False)])
+def test_another_profile_than_a_model_was_trained_with_is_told_where_it_matters(
+    name: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    trained, other = RELEASED[name].profile, {"legacy": "current", "current": "legacy"}
+    manifest = Manifest(variant=name, config=RELEASED[name].to_dict(), profile=trained)
+    (tmp_path / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    arguments = f"model={tmp_path},data=there,profile={other[trained]}"
+    experiment_from_dict(refcoco.get_config(arguments).to_dict())
+    said = f"config.model.profile: {other[trained]}, but {tmp_path} was trained with {trained}"
+    assert (said in caplog.text) == warned
+
+
 def encoder_of(arguments: str) -> Any:
     values = refcoco.get_config(f"data=there,{arguments}").to_dict()
     return experiment_from_dict(values).model.encoder
@@ -393,8 +425,12 @@ def test_what_a_model_has_chosen_can_be_undone(tmp_path: Path, arguments: str, e
         ("early_layers=x", "'early_layers': expected as_it_is, all or a number, found 'x'"),
         ("fusion=late,early_layers=3", "early_layers with late fusion: expected None, found 3"),
         ("early_layers=0,readout=image_cls", "readout with early fusion in no layer: expected"),
-        ("encoder=clip_l14,early_layers=3", "unknown key 'early_layers'"),
-        ("image_fit=crop", "unknown key 'image_fit'"),
+        (
+            "encoder=clip_l14,early_layers=3",
+            "clip has no such choice and its fusion is late or text",
+        ),
+        ("image_fit=crop", "'image_fit': expected none, as beit3 has no such choice"),
+        ("encoder=vilt_b32,projected=true", "'projected': expected none, as vilt has no such"),
         ("encoder=vilt_b32,image_fit=crop", "encoder.image_fit: expected stretch or pad"),
     ],
 )
