@@ -23,13 +23,17 @@ ROWS = [(table, row) for table, rows in ablations.TABLES.items() for row in rows
 COUNTS = {
     (3, "clip_l14_openai_text"): 123_060_480,
     (3, "clip_l14_openai_late"): 427_616_512,
+    (3, "clip_l14_text"): 123_060_480,
+    (3, "clip_l14_late"): 427_616_512,
     (3, "clip_h14_text"): 352_984_064,  # the blocks alone: 302,309,376
     (3, "clip_h14_late"): 986_109_440,
     (3, "vilt_b32_text"): 108_532_224,
+    (3, "vilt_b32_late"): 111_004_416,
     (3, "vilt_b32_early"): 111_004_416,
     (3, "beit3_large_text"): 369_152_000,
     (3, "beit3_large_late"): 672_702_464 - 1024,
     (3, "beit3_large_early_12"): 672_702_464 - 1024,
+    (3, "beit3_large_early_24"): 672_702_464 - 1024,
     (6, "clip_l14_openai_sam_vit_h"): 123_060_480 + 641_090_608 + 787_712,
     (6, "vilt_b32_sam_vit_h"): 111_004_416 + 641_090_608 + 787_712,
     (6, "beit3_base_sam_vit_h"): 862_865_456 - 512,
