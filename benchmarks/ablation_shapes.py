@@ -27,12 +27,16 @@ Three more are controls, added after the first results, which differ from the pa
     longer_trained    As decoder_trained, for four times as many steps: whether what reads the words
                       is ahead only while what reads the image too has yet to learn.
 
+"fusion, both with text and image CLS concatenated" compares rows of two tables once more, since by
+default late fusion reads out more than early fusion does.
+
 The result of a row is the cIoU on held-out images at the end. The seed decides parameters and order
 of the data; rows of one seed see the same batches, and begin with the same segmenter. So rows are
 compared seed by seed: a difference counts where it has the same sign with every seed.
 
-A row that is finished is not run again, one that was interrupted goes on. Each is a process whose
-products have one thread, as many at a time as there are cores. benchmarks/ablation_shapes.json has
+A row that is finished is not run again, one that was interrupted goes on; of that one, CPU seconds
+are those of the last go. Each is a process whose products have one thread, as many at a time as
+there are cores. benchmarks/ablation_shapes.json has
 the results of the runs that benchmarks/RESULTS.md shows:
 
     python -m benchmarks.ablation_shapes --out runs --results benchmarks/ablation_shapes.json
@@ -122,6 +126,12 @@ READOUT = Table(
         ("text and image CLS concatenated", "image CLS"),
     ),
 )
+# Late fusion reads out a concatenation, early fusion image CLS: what of their difference is fusion?
+SAME_READOUT = Table(
+    "fusion, both with text and image CLS concatenated",
+    (Row("late", "fusion=late"), Row("early", "readout=concat")),
+    (("late", "early"),),
+)
 MODULES = Table(
     "trained modules (Table 4)",
     (
@@ -161,9 +171,9 @@ def part(table: Table, *names: str) -> Table:
 
 _DECODER_FROZEN = "train_mask_decoder=false,train_prompt_encoder=false"
 SETTINGS = (
-    Setting("decoder_trained", "", (FUSION, READOUT, MODULES)),
-    Setting("decoder_frozen", _DECODER_FROZEN, (FUSION, READOUT)),
-    Setting("from_nothing", "pretrain_steps=0", (FUSION, READOUT, MODULES)),
+    Setting("decoder_trained", "", (FUSION, SAME_READOUT, READOUT, MODULES)),
+    Setting("decoder_frozen", _DECODER_FROZEN, (FUSION, SAME_READOUT, READOUT)),
+    Setting("from_nothing", "pretrain_steps=0", (FUSION, SAME_READOUT, READOUT, MODULES)),
 )
 CONTROLS = (
     Setting("encoder_frozen", "train_encoder=false", (part(FUSION, "text only", "early"), READOUT)),
