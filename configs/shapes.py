@@ -25,8 +25,8 @@ What the paper's tables compare are arguments; benchmarks/ablation_shapes.py run
     seed=0
     size=usual|small                 small: images of 80 pixels, half the parameters
 
-Measured on two cores: 8 to 9 minutes; `pretrain/val_ciou` 0.90 and `referring/val_ciou` 0.72
-(benchmarks/RESULTS.md).
+Measured on two cores beside other work: a quarter of an hour; `pretrain/val_ciou` 0.90 and
+`referring/val_ciou` 0.72 (benchmarks/RESULTS.md).
 """
 
 from typing import Any

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from evf_sam_jax.models.families import ENCODERS, SEGMENTERS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("evf_sam_jax", "convert", "data_pipelines", "configs")
 
@@ -55,10 +57,10 @@ def test_flax_modules_are_known_to_the_models_only():
 
 def test_nothing_but_the_builders_knows_which_families_of_towers_there_are():
     """Sizes are chosen in configs, benchmarks and converters; the rest asks the configuration."""
-    families = ("beit3", "clip", "vilt", "sam", "sam2", "efficient_sam")
+    families = {*ENCODERS, *SEGMENTERS}
     modules = [f"evf_sam_jax.models.{family}" for family in families]
     builders = {"families.py", "released.py"}
-    builders |= {"evf_sam.py"}  # the sizes of the tests' model, and BEiT-3's attention map
+    builders |= {"evf_sam.py"}  # the sizes of the tests' model
     offences = {
         str(file): name
         for file in sources("evf_sam_jax", "data_pipelines")
