@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -34,7 +34,6 @@ from evf_sam_jax.models import evf_sam, quantized
 from evf_sam_jax.models.families import attention_of, families_with_attention
 from evf_sam_jax.models.interfaces import (
     ImageFeatures,
-    MaskPrediction,
     Prompts,
     SegmenterConfig,
 )
@@ -167,6 +166,22 @@ class Prediction:
     def no_target(self) -> Bool[np.ndarray, "*k"]:
         """Whether a mask has fewer positive pixels than `no_target_pixels`: nothing was found."""
         return np.asarray(self.masks.sum(axis=(-2, -1)) < self.no_target_pixels)
+
+
+# How a compiled function is called with its arguments: `_run`, or `_compile` ahead of time.
+Call = Callable[..., Any]
+
+
+def _run(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return function(*arguments, **options)
+
+
+def _compile(function: jax.stages.Wrapped, *arguments: Any, **options: Any) -> Any:
+    """Compiles for a later call with arguments of these shapes; returns zeros for its results."""
+    traced = function.trace(*arguments, **options)
+    results = traced.lower().compile().out_tree
+    zeros = [np.zeros(leaf.shape, leaf.dtype) for leaf in traced.jaxpr.out_avals]
+    return jax.device_put(jax.tree.unflatten(results, zeros))
 
 
 class Predictor:
@@ -373,25 +388,8 @@ class Predictor:
     def encode_batch(self, images: Sequence[np.ndarray | InputImage]) -> list[EncodedImage]:
         """Encodes several images, as many at a time as a bucket holds."""
         ready = [x if isinstance(x, InputImage) else self.prepare_image(x) for x in images]
-        encoded = []
-        for chunk in _in_buckets(ready, IMAGE_BUCKETS, most_filling=0.0):
-            sizes = np.asarray([image.frame.content for image in chunk], np.int32)
-            features = _encode_images(
-                self.config,
-                {"segmenter": self.params["segmenter"]},
-                np.stack([image.sam_image for image in chunk]),
-                sizes,
-            )
-            encoded += [
-                EncodedImage(
-                    features=features[i],
-                    encoder_image=jax.device_put(image.encoder_image[None]),
-                    sam_size=jax.device_put(sizes[i : i + 1]),
-                    frame=image.frame,
-                )
-                for i, image in enumerate(chunk)
-            ]
-        return encoded
+        chunks = _in_buckets(ready, IMAGE_BUCKETS, most_filling=0.0)
+        return [encoded for chunk in chunks for encoded in self._encode_rows(chunk)]
 
     def decode(self, jobs: Iterable[Job | PreparedJob]) -> list[DecodedJob]:
         """Encodes the images of jobs and decodes their prompts, together where they are alike.
@@ -415,7 +413,7 @@ class Predictor:
                 found = self._decode_rows(
                     images, [prepared[number].prompts[i] for number, i in chunk], multimask
                 )
-                logits, iou = np.asarray(found.low_res_logits), np.asarray(found.iou)
+                logits, iou = (np.asarray(x) for x in found)
                 for row, (number, i) in enumerate(chunk):
                     masks[number][i] = logits[row, 0], iou[row, 0]
         return [
@@ -517,6 +515,8 @@ class Predictor:
     ) -> None:
         """Compiles what predictions of phrases need, so that the first one need not wait for it.
 
+        Nothing of it is run but the smallest program, so no image is encoded.
+
         Args:
           images: the most images encoded at a time.
           prompts: the most prompts decoded at a time.
@@ -526,7 +526,7 @@ class Predictor:
         """
         blank = self.prepare_image(np.zeros((1, 1, 3), np.uint8))
         for count in _buckets_up_to(images, IMAGE_BUCKETS):
-            encoded = self.encode_batch([blank] * count)[0]
+            encoded = self._encode_rows([blank] * count, _compile)[0]
         box = np.asarray([0, 0, 1, 1], np.float32)
         no_points = np.zeros((0, 2), np.float32), np.zeros(0, np.int32)
         for length in _buckets_up_to(tokens, TOKEN_BUCKETS):
@@ -537,20 +537,50 @@ class Predictor:
             for prompt in asked:
                 for several in {False, multimask}:
                     for count in _buckets_up_to(prompts, PHRASE_BUCKETS):
-                        decoded = self._decode_rows([encoded] * count, [prompt] * count, several)
-        self.upsample(encoded, np.asarray(decoded.low_res_logits)[0, 0, 0])
+                        logits, _ = self._decode_rows(
+                            [encoded] * count, [prompt] * count, several, _compile
+                        )
+        self.upsample(encoded, np.asarray(logits)[0, 0, 0])
+
+    def _encode_rows(self, images: Sequence[InputImage], call: Call = _run) -> list[EncodedImage]:
+        """Encodes the images of a bucket together."""
+        sizes = np.asarray([image.frame.content for image in images], np.int32)
+        features = call(
+            _encode_images,
+            self.config,
+            {"segmenter": self.params["segmenter"]},
+            np.stack([image.sam_image for image in images]),
+            sizes,
+        )
+        return [
+            EncodedImage(
+                features=ImageFeatures(embedding, tuple(high_res)),
+                encoder_image=jax.device_put(image.encoder_image[None]),
+                sam_size=jax.device_put(sizes[i : i + 1]),
+                frame=image.frame,
+            )
+            for i, (image, (embedding, *high_res)) in enumerate(zip(images, features, strict=True))
+        ]
 
     def _decode_rows(
-        self, images: Sequence[EncodedImage], prompts: Sequence[Prompt], multimask: bool
-    ) -> MaskPrediction:
-        """Decodes prompts of the same kinds, each of its image; a bucket's rest repeats one."""
+        self,
+        images: Sequence[EncodedImage],
+        prompts: Sequence[Prompt],
+        multimask: bool,
+        call: Call = _run,
+    ) -> tuple[Float[Array, "r 1 m l l"], Float[Array, "r 1 m"]]:
+        """Decodes prompts of the same kinds, each of its image; a bucket's rest repeats one.
+
+        Returns:
+          Logits at the decoder's resolution, and the decoder's own estimate of each mask's IoU.
+        """
         missing = _bucket(len(prompts), PHRASE_BUCKETS) - len(prompts)
         images = [*images, *[images[0]] * missing]
         prompts = [*prompts, *[prompts[0]] * missing]
         with_text, with_geometry, with_mask = prompts[0].kinds
         asked: dict[str, Any] = {}
         if with_text:
-            asked["text"] = self._text_of(images, [prompt.ids or () for prompt in prompts])
+            asked["text"] = self._text_of(images, [prompt.ids or () for prompt in prompts], call)
         if with_geometry:
             geometry = stack_geometry(prompts)
             asked["points"] = geometry.points[:, None]
@@ -562,20 +592,22 @@ class Predictor:
         if with_mask:
             masks = [prompt.mask for prompt in prompts if prompt.mask is not None]
             asked["mask"] = np.stack(masks)[:, None]
-        return _decode(
+        return call(
+            _decode,
             self.config,
             {"segmenter": self.params["segmenter"]},
-            [image.features for image in images],
-            Prompts(**jax.device_put(asked)),
+            [(image.features.embedding, *image.features.high_res) for image in images],
+            jax.device_put(asked),
             multimask=multimask,
         )
 
     def _text_of(
-        self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]]
+        self, images: Sequence[EncodedImage], ids: Sequence[Sequence[int]], call: Call
     ) -> Float[Array, "r 1 t c"]:
         self._require_encoder()
         text_ids, text_valid = self._pad(ids)
-        return _encode_phrases(
+        return call(
+            _encode_phrases,
             self.config,
             {key: self.params[key] for key in ("encoder", "projector")},
             [image.encoder_image for image in images],
@@ -594,7 +626,8 @@ class Predictor:
         return tokenizers.pad_token_ids(ids, min(tokens, self.config.encoder.max_text_tokens))
 
 
-# Compiled once a process for each config and bucket, whichever predictor asks.
+# Compiled once a process for each config and bucket, whichever predictor asks. What they take and
+# return are arrays in lists and dictionaries, in which a program to be compiled has only shapes.
 _compiled = functools.partial(jax.jit, static_argnames="config")
 
 _attention = _compiled(evf_sam.image_cls_attention)
@@ -606,12 +639,11 @@ def _encode_images(
     params: evf_sam.Params,
     sam_images: UInt8[Array, "b s s 3"],
     sizes: Int[Array, "b 2"],
-) -> list[ImageFeatures]:
-    """The features of each image, an array of its own, so that any of them go together."""
+) -> list[list[Array]]:
+    """The features of each image, arrays of its own, so that any of them go together."""
     features = evf_sam.encode_image(config, params, sam_images, sizes)
-    rows = [jnp.split(leaf, len(sam_images)) for leaf in jax.tree.leaves(features)]
-    structure = jax.tree.structure(features)
-    return [jax.tree.unflatten(structure, row) for row in zip(*rows, strict=True)]
+    arrays = [jnp.split(x, len(sam_images)) for x in (features.embedding, *features.high_res)]
+    return [list(of_image) for of_image in zip(*arrays, strict=True)]
 
 
 @_compiled
@@ -630,12 +662,14 @@ def _encode_phrases(
 def _decode(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
-    features: list[ImageFeatures],
-    prompts: Prompts,
+    features: list[tuple[Array, ...]],
+    prompts: dict[str, Array],
     multimask: bool,
-) -> MaskPrediction:
-    stacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *features)
-    return evf_sam.decode(config, params, stacked, prompts, multimask)
+) -> tuple[Array, Array]:
+    embedding, *high_res = (jnp.concatenate(rows) for rows in zip(*features, strict=True))
+    stacked = ImageFeatures(embedding, tuple(high_res))
+    found = evf_sam.decode(config, params, stacked, Prompts(**prompts), multimask)
+    return found.low_res_logits, found.iou
 
 
 def resample_tile(
