@@ -37,6 +37,7 @@ from tqdm import tqdm
 from data_pipelines.image_input import read_image
 from data_pipelines.record_files import file_sha256
 from data_pipelines.segmentations import encode_mask
+from evf_sam_jax import compilation_cache
 from evf_sam_jax.annotation.boxes import BoxedImage, BoxFile, read_boxes, with_mask, write_masks
 from evf_sam_jax.annotation.parts import GroupMasks, Parts
 from evf_sam_jax.errors import UserError, run_app
@@ -231,6 +232,7 @@ class _Made:
 
 def define_flags() -> None:
     """Only where this file is the command, so that whoever imports it keeps these names free."""
+    compilation_cache.define_flag()
     flags.DEFINE_string("model", None, "The model directory: a segmenter such as SAM 2.")
     flags.DEFINE_string("boxes", None, "A COCO JSON with boxes.")
     flags.DEFINE_string("images", None, "The folder of its images.")
@@ -263,6 +265,7 @@ def main(argv: list[str]) -> None:
         batch_size=options.batch_size,
         threads=options.threads,
     )
+    compilation_cache.keep_compiled()
     outcome = annotate(request)
     print(f"{outcome.masks:,} masks of {outcome.images:,} images")
     for reason, count in outcome.left_out.items():

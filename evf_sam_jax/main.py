@@ -15,8 +15,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from data_pipelines.index import user_cache
-from evf_sam_jax import plan_command, processes
+from evf_sam_jax import compilation_cache, plan_command, processes
 from evf_sam_jax.command_line import parse_flags
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.evaluation.config import job_from_dict
@@ -36,11 +35,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("workdir", None, "The directory of the run: new, or to go on with.")
     flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-    flags.DEFINE_string(
-        "compilation_cache",
-        str(user_cache("compiled")),
-        "Where compiled programs are kept for the next run; '' keeps none.",
-    )
+    compilation_cache.define_flag()
     processes.define_flags()
     plan_command.define_flags()
 
@@ -55,7 +50,7 @@ def main(argv: list[str]) -> None:
     if not options.workdir:
         raise UserError("--workdir: expected a directory, found nothing")
     values, workdir = options.config.to_dict(), epath.Path(options.workdir)
-    jax.config.update("jax_compilation_cache_dir", options.compilation_cache or None)
+    compilation_cache.keep_compiled()
     with processes.joined_by_flags():
         logging.info("devices: %s", jax.devices())
         if options.mode == "train":

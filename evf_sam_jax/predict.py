@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data_pipelines import image_input
 from data_pipelines.segmentations import encode_mask
 from data_pipelines.source import SEMANTIC_PREFIX
-from evf_sam_jax import visualize
+from evf_sam_jax import compilation_cache, visualize
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models.quantized import CHOICES as INT8_CHOICES
 from evf_sam_jax.output_directory import new_directory
@@ -381,6 +381,7 @@ def _parse_ids(line: str) -> tuple[int, ...]:
 
 def define_flags() -> None:
     """Only where this file is the command, so that whoever imports it keeps these names free."""
+    compilation_cache.define_flag()
     flags.DEFINE_string("model", None, "The model directory.")
     flags.DEFINE_multi_string(
         "image", [], "An image file, a folder, or a pattern such as '*.jpg'; may be given again."
@@ -437,6 +438,7 @@ def main(argv: list[str]) -> None:
         multimask=options.multimask,
         no_target_pixels=options.no_target_pixels,
     )
+    compilation_cache.keep_compiled()
     outcome = predict_files(request)
     print("\n".join(outcome.lines))
     print(f"written to {options.out}")

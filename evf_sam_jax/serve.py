@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
+from evf_sam_jax import compilation_cache
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.models.quantized import CHOICES as INT8_CHOICES
 from evf_sam_jax.predictor import TOKEN_BUCKETS, Predictor
@@ -38,6 +39,7 @@ else:
 
 def define_flags() -> None:
     """Only where this file is the command, so that whoever imports it keeps these names free."""
+    compilation_cache.define_flag()
     flags.DEFINE_string("model", None, "The model directory.")
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "float32: exact; bfloat16: half the memory."
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> None:
         prompts=options.max_prompts,
     )
     batching = Batching(requests=options.max_requests, images=options.max_images)
+    compilation_cache.keep_compiled()
     with listening(options.host, options.port) as listener:
         predictor = Predictor.load(options.model, dtype=options.dtype, int8=options.int8)
         if options.warm_up:

@@ -23,6 +23,7 @@ from absl import flags
 from jaxtyping import Bool
 
 from data_pipelines import image_input, segmentations
+from evf_sam_jax import compilation_cache
 from evf_sam_jax.errors import UserError, run_app
 from evf_sam_jax.predictor import Predictor
 
@@ -174,6 +175,7 @@ def _decode(run_lengths: dict) -> Bool[np.ndarray, "h w"]:
 
 def define_flags() -> None:
     """Only where this file is the command, so that whoever imports it keeps these names free."""
+    compilation_cache.define_flag()
     flags.DEFINE_string("model", None, "The model directory.")
     flags.DEFINE_string("photos", None, f"The directory with the photographs of {PHOTOS_AT}.")
     flags.DEFINE_enum(
@@ -189,6 +191,7 @@ def main(argv: list[str]) -> None:
     for name in ("model", "photos"):
         if not options[name].value:
             raise UserError(f"--{name}: expected a directory, found nothing")
+    compilation_cache.keep_compiled()
     sys.exit(verify_directory(options.model, options.photos, options.dtype))
 
 
