@@ -336,6 +336,7 @@ def test_a_disk_that_fills_up_meanwhile(directory: pathlib.Path, tmp_path: pathl
         "import runpy; runpy.run_module('evf_sam_jax.predict', run_name='__main__')"
     )
     arguments = [f"--model={directory}", f"--image={image}", "--text=it", f"--out={tmp_path}/out"]
+    arguments.append("--compilation_cache=")
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
     )
@@ -348,7 +349,8 @@ def test_a_disk_that_fills_up_meanwhile(directory: pathlib.Path, tmp_path: pathl
 
 
 def command(*arguments: str | pathlib.Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "evf_sam_jax.predict", *map(str, arguments)]
+    line = [sys.executable, "-m", "evf_sam_jax.predict", "--compilation_cache="]
+    line += map(str, arguments)
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -139,7 +139,7 @@ def check_that_none_matches(printed: str) -> None:
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "evf_sam_jax.verify", *map(str, arguments)],
+        [sys.executable, "-m", "evf_sam_jax.verify", "--compilation_cache=", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

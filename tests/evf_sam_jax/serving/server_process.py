@@ -37,6 +37,7 @@ class Server:
 def server_process(model: Path, *flags: str) -> Iterator[Server]:
     """Serves a model on a free port; on leaving, it must end by itself when asked to."""
     command = [sys.executable, "-m", "evf_sam_jax.serve", "--model", str(model), "--port=0"]
+    command.append("--compilation_cache=")  # the test may kill it
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(
         [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
