@@ -36,8 +36,8 @@ compared seed by seed: a difference counts where it has the same sign with every
 
 A row that is finished is not run again, one that was interrupted goes on; of that one, CPU seconds
 are those of the last go. Each is a process whose products have one thread, as many at a time as
-there are cores. benchmarks/ablation_shapes.json has
-the results of the runs that benchmarks/RESULTS.md shows:
+there are cores. benchmarks/ablation_shapes.json has the results of the runs that
+benchmarks/RESULTS.md shows:
 
     python -m benchmarks.ablation_shapes --out runs --results benchmarks/ablation_shapes.json
 """
@@ -175,20 +175,14 @@ SETTINGS = (
     Setting("decoder_frozen", _DECODER_FROZEN, (FUSION, SAME_READOUT, READOUT)),
     Setting("from_nothing", "pretrain_steps=0", (FUSION, SAME_READOUT, READOUT, MODULES)),
 )
+_WORDS_OR_IMAGE = (
+    part(FUSION, "text only", "early"),
+    part(READOUT, "text CLS", "image CLS"),
+)
 CONTROLS = (
     Setting("encoder_frozen", "train_encoder=false", (part(FUSION, "text only", "early"), READOUT)),
-    Setting(
-        "longer",
-        _DECODER_FROZEN,
-        (part(FUSION, "text only", "early"), part(READOUT, "text CLS", "image CLS")),
-        steps=4 * STEPS,
-    ),
-    Setting(
-        "longer_trained",
-        "",
-        (part(FUSION, "text only", "early"), part(READOUT, "text CLS", "image CLS")),
-        steps=4 * STEPS,
-    ),
+    Setting("longer", _DECODER_FROZEN, _WORDS_OR_IMAGE, steps=4 * STEPS),
+    Setting("longer_trained", "", _WORDS_OR_IMAGE, steps=4 * STEPS),
 )
 
 
