@@ -112,25 +112,46 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the step, a pure function to be compiled; it may be given the state for good.
 
+    It is `make_gradients`, then `make_update`, whose arguments it takes.
+    """
+    find = make_gradients(config, prompts, weights, accumulate=accumulate, placement=placement)
+    update = make_update(optimizer, learning_rate, ema_decay)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return update(state, *find(state, batch))
+
+    return train_step
+
+
+def make_gradients(
+    config: EvfSamConfig,
+    prompts: PromptKind,
+    weights: LossWeights,
+    *,
+    accumulate: int = 1,
+    placement: Placement | None = None,
+) -> Callable[[TrainState, Batch], tuple[Params, dict[str, Array]]]:
+    """Returns (state, batch) -> gradients of the trainable parameters, fields of `StepMetrics`.
+
     Losses are averaged over the valid phrases of the whole batch, however it is split.
 
     Args:
-      learning_rate: the optimizer's own, for the record.
       accumulate: parts that the batch goes through one after another, whose gradients add up to
         that of the whole. The original averages over the phrases of each part, then over parts.
-      ema_decay: of the moving average of the parameters, if the state has one.
       placement: where gradients live; None: one device.
     """
     loss = make_loss(config, prompts, weights)
-    decay = 0.0 if ema_decay is None else ema_decay
 
-    def gradients_of(state: TrainState, batch: Batch, phrases: Float[Array, ""]):
+    def of_part(state: TrainState, batch: Batch, phrases: Float[Array, ""]):
         found = jax.grad(loss, has_aux=True)(state.trainable, state.frozen, batch, phrases)
         if placement is None:
             return found
         return jax.lax.with_sharding_constraint(found[0], placement.gradients), found[1]
 
-    def accumulated(state: TrainState, batch: Batch, phrases: Float[Array, ""]):
+    def gradients(state: TrainState, batch: Batch) -> tuple[Params, dict[str, Array]]:
+        phrases = batch.phrase_valid.sum(dtype=jnp.float32)
+        if accumulate == 1:
+            return of_part(state, batch, phrases)
         parts = jax.tree.map(lambda x: split_strided(x, accumulate), batch)
         if placement is not None:
             # A part has rows of every device: see `split_strided`.
@@ -138,18 +159,35 @@ def make_train_step(
             parts = jax.lax.with_sharding_constraint(parts, NamedSharding(placement.mesh, spec))
 
         def add(total, part: Batch):
-            return jax.tree.map(jnp.add, total, gradients_of(state, part, phrases)), None
+            return jax.tree.map(jnp.add, total, of_part(state, part, phrases)), None
 
         zero = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradients_of, state, jax.tree.map(lambda x: x[0], parts), phrases),
+            jax.eval_shape(of_part, state, jax.tree.map(lambda x: x[0], parts), phrases),
         )
         return jax.lax.scan(add, zero, parts)[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        phrases = batch.phrase_valid.sum(dtype=jnp.float32)
-        find = gradients_of if accumulate == 1 else accumulated
-        gradients, sums = find(state, batch, phrases)
+    return gradients
+
+
+def make_update(
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Params, dict[str, Array]], tuple[TrainState, StepMetrics]]:
+    """Returns (state, gradients, sums) -> the state after the step, and all its metrics.
+
+    Where the loss or a gradient is not finite, the state stays and says so.
+
+    Args:
+      learning_rate: the optimizer's own, for the record.
+      ema_decay: of the moving average of the parameters, if the state has one.
+    """
+    decay = 0.0 if ema_decay is None else ema_decay
+
+    def update(
+        state: TrainState, gradients: Params, sums: dict[str, Array]
+    ) -> tuple[TrainState, StepMetrics]:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         metrics = StepMetrics(
             **sums,
@@ -166,7 +204,7 @@ def make_train_step(
         kept = dataclasses.replace(state, finite=finite)
         return _choose(finite, after, kept), metrics
 
-    return train_step
+    return update
 
 
 def _choose(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:
