@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.alternation import print_comparison
-from evf_sam_jax.models import attention, fused_attention
-from evf_sam_jax.models.attention import Target, attend_square, compiled_for
+from evf_sam_jax.models import fused_attention
+from evf_sam_jax.models.attention import FUSED_WIDTH, attend_square
+from evf_sam_jax.models.target import Target, compiled_for, target_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def ways(target: Target, case: Case, dtype: str) -> dict[str, Callable[..., jax.
     }
     for name, (kernel, multiple) in kernels.items():
         width = fused_attention.folded_width(case.width, side, multiple)
-        if there[name] and width <= attention.FUSED_WIDTH:
+        if there[name] and width <= FUSED_WIDTH:
             found[name] = functools.partial(
                 fused_attention.attend_fused, kernel, scale=scale, multiple=multiple
             )
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    target = attention.target_of(jax.local_devices()[0])
+    target = target_of(jax.local_devices()[0])
     for title, case in CASES.items():
         print(f"\n## {title}, {options.dtype}\n")
         with compiled_for(dataclasses.replace(target, fused=False)):

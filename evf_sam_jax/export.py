@@ -41,9 +41,10 @@ from convert.safetensors_files import SafetensorsWriter
 from data_pipelines import encoder_images, image_input, tokenizers, tower_images
 from evf_sam_jax import export_loader, model_dir, model_inputs
 from evf_sam_jax.errors import UserError, run_app
-from evf_sam_jax.models import attention, evf_sam
+from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.config_checks import DTYPES
 from evf_sam_jax.models.interfaces import ImageFeatures, Prompts
+from evf_sam_jax.models.target import Target, compiled_for
 from evf_sam_jax.output_directory import new_directory, require_absent
 from evf_sam_jax.predictor import (
     PHRASE_BUCKETS,
@@ -128,7 +129,7 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
         leaves: Leaves, sam_image: UInt8[Array, "1 s s 3"], sam_size: Int[Array, "1 2"]
     ) -> dict[str, Any]:
         def encode(tiles: str, *inputs: Any) -> ImageFeatures:
-            with attention.compiled_for(attention.Target(tiles, fused=False)):
+            with compiled_for(Target(tiles, fused=False)):
                 return evf_sam.encode_image(config, *inputs)
 
         # Not those of the machine that exports; and no kernels, which not every device has.

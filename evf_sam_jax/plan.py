@@ -52,7 +52,7 @@ from evf_sam_jax.experiment import (
     experiment_from_dict,
 )
 from evf_sam_jax.model_dir import module_of, path_leaves
-from evf_sam_jax.models import attention
+from evf_sam_jax.models.target import Target, compiled_for, target_of
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.progress import STEPS_AHEAD
 from evf_sam_jax.sharding import (
@@ -344,8 +344,8 @@ def _answer(request: Path, answer: Path, topology: str, slices: int) -> None:
         experiment = experiment_from_dict(json.loads(request.read_text()))
         devices = tpu_devices(topology, slices) if topology else None
         # Virtual devices stand for accelerators, whose tiles they have, but not their kernels.
-        target = attention.Target("gpu", fused=False)
-        with attention.compiled_for(attention.target_of(devices[0]) if devices else target):
+        target = Target("gpu", fused=False)
+        with compiled_for(target_of(devices[0]) if devices else target):
             plans = plan_experiment(experiment, devices)
         stages = [dataclasses.asdict(plan) for plan in plans]
         answer.write_text(json.dumps({"stages": stages}))

@@ -22,14 +22,11 @@ run nowhere yet: tests put XLA in its place. No accelerator has timed either;
 200 tokens or so, pooled queries, decoders) has few scores, and keeps them.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +36,7 @@ from jaxtyping import Array, Bool, Float, Float32
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import fused_attention
 from evf_sam_jax.models.layers import matmul_precision, on_each_device
+from evf_sam_jax.models.target import Target, current_target
 
 Method = Literal["tiles", "cudnn", "flash"]
 
@@ -58,36 +56,8 @@ HOPPER = 9.0
 VARIABLE = "EVF_SAM_ATTENTION"
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """Where attention will run.
-
-    Attributes:
-      backend: "cpu", "gpu" or "tpu".
-      fused: whether its kernels may be used.
-      capability: of a GPU, as NVIDIA numbers them (9.0: Hopper); 0 for others.
-    """
-
-    backend: str
-    fused: bool = True
-    capability: float = 0.0
-
-
-_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def compiled_for(target: Target) -> Iterator[None]:
-    """What is traced within is for `target`; otherwise it is for jax's default device."""
-    token = _target.set(target)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def current_target() -> Target:
-    """Returns what attention is traced for.
+def allowed_target() -> Target:
+    """Returns what is traced for, without its kernels if the user does not want them.
 
     Raises:
       UserError: the environment variable `EVF_SAM_ATTENTION` is neither empty nor "xla".
@@ -95,17 +65,8 @@ def current_target() -> Target:
     wish = os.environ.get(VARIABLE, "")
     if wish not in ("", "xla"):
         raise UserError(f"environment variable {VARIABLE}: expected xla or nothing, found {wish!r}")
-    target = _target.get() or target_of(jax.local_devices()[0])
+    target = current_target()
     return dataclasses.replace(target, fused=target.fused and not wish)
-
-
-def target_of(device: Any) -> Target:
-    """Returns what attention has to know of a `jax.Device`, which need not be of this machine."""
-    capability = 0.0
-    if device.platform == "gpu":
-        with contextlib.suppress(AttributeError, ValueError):  # AMD's are called gfx90a and so on
-            capability = float(device.compute_capability)
-    return Target(device.platform, capability=capability)
 
 
 def method_of(target: Target, dtype: DTypeLike, tokens: int, width: int, side: int) -> Method:
@@ -189,7 +150,7 @@ def attend_square(
       bias_w: added to the scores of all keys in a column of the square.
     """
     positions = () if bias_h is None or bias_w is None else (bias_h, bias_w)
-    target = current_target()
+    target = allowed_target()
     _, tokens, width = query.shape
     side = math.isqrt(tokens) if positions else 0
     match method_of(target, query.dtype, tokens, width, side):

@@ -10,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import attention, fused_attention
-from evf_sam_jax.models.attention import Target, method_of
+from evf_sam_jax.models.attention import method_of
+from evf_sam_jax.models.target import Target, compiled_for, target_of
 
 ROWS, SIDE, WIDTH = 2, 16, 20
 TOKENS = SIDE * SIDE
@@ -87,7 +88,7 @@ def test_a_block_of_a_tpu_takes_the_kernel(monkeypatch: pytest.MonkeyPatch):
     attend = functools.partial(attention.attend_square, scale=SCALE)
 
     def kernels(target: Target) -> int:
-        with attention.compiled_for(target):
+        with compiled_for(target):
             return str(jax.make_jaxpr(lambda *given: attend(*given))(*arrays)).count("pallas_call")
 
     assert kernels(Target("tpu")) == 1
@@ -132,6 +133,6 @@ def test_devices_are_told_apart():
         def __init__(self, platform: str, capability: str):
             self.platform, self.compute_capability = platform, capability
 
-    assert attention.target_of(Described("gpu", "9.0")) == Target("gpu", capability=9.0)
-    assert attention.target_of(Described("gpu", "gfx942")) == Target("gpu")
-    assert attention.target_of(jax.devices("cpu")[0]) == Target("cpu")
+    assert target_of(Described("gpu", "9.0")) == Target("gpu", capability=9.0)
+    assert target_of(Described("gpu", "gfx942")) == Target("gpu")
+    assert target_of(jax.devices("cpu")[0]) == Target("cpu")
