@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks import environment, roofline
 
@@ -14,6 +14,7 @@ def print_comparison(
     before: Callable[[], object] = lambda: None,
     operations: Mapping[str, float] | None = None,
     dtype: str = "float32",
+    packages: Sequence[str] = (),
 ) -> None:
     """Runs each function `repeats` times by turns, and prints a table and ratios to the first.
 
@@ -21,6 +22,7 @@ def print_comparison(
       before: what comes before each run, and is not timed.
       operations: of each, in matrix products: the table has their rate beside that of plain matrix
         products on this device in `dtype`, measured before.
+      packages: whose versions matter beside the usual ones.
     """
     roof = None if operations is None else roofline.measure(dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -30,7 +32,7 @@ def print_comparison(
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-    print(environment.describe())
+    print(environment.describe(*packages))
     if roof is not None:
         print(f"{dtype}: {roof}")
     print(f"{title}, {repeats} runs in alternation\n")
@@ -61,3 +63,8 @@ def print_times(
             f"ratio {name} / {first}: median {statistics.median(ratios):.3f} "
             f"({min(ratios):.3f} to {max(ratios):.3f})"
         )
+
+
+def median_and_range(seconds: Sequence[float]) -> str:
+    """Such as "1.23 (1.20 to 1.31)"."""
+    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
