@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks import environment
+from benchmarks import environment, roofline
+from benchmarks.alternation import print_times
 from data_pipelines.index import AnnotatedImage, Target, write_index
 from data_pipelines.segmentations import encode_mask
 from data_pipelines.shapes import SHAPES_TOKENIZER
@@ -35,6 +36,7 @@ from evf_sam_jax.evaluation.grouping import make_plan, steps
 from evf_sam_jax.evaluation.job import evaluate_sets
 from evf_sam_jax.evaluation.reading import Reader, Round
 from evf_sam_jax.evaluation.splits import EvaluationSet
+from evf_sam_jax.flops import count_flops
 from evf_sam_jax.model_inputs import load_tokenizer, tower_images
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig, init_params
@@ -130,6 +132,15 @@ def calls(model: EvaluatedModel, step: OnDevice) -> None:
     jax.block_until_ready(found)
 
 
+def operations(model: EvaluatedModel, step: OnDevice) -> int:
+    """In matrix products, of all compiled calls of a step."""
+    features = model.encode(*step.encoded)
+    decoded = (
+        count_flops(model.decode, features, step.encoder_image, *text) for text, _ in step.rounds
+    )
+    return count_flops(model.encode, *step.encoded) + sum(decoded)
+
+
 def rounds_of_first_step(reader: Reader) -> list[Round]:
     return [reader.read(place) for place in reader.rounds() if place[0] == 0]
 
@@ -171,37 +182,43 @@ def main() -> None:
         reader = make_reader(model, one, options.batch_size)
         first = put_on_device(model, rounds_of_first_step(reader))
         calls(model, first)  # compiles
+        count, roof = operations(model, first), roofline.measure("float32")
         for repeat in range(options.repeats):
             number = len(reader.steps)
             alone.append(seconds_of(calls_of_steps, model, first, number) / number)
             job = seconds_of(whole_job, model, one, options.batch_size, root / f"run{repeat}")
             whole.append(job / number)
-        by_phrases = {}
+        by_phrases, counts = {}, {}
         for phrases in (1, 8, 16, 32):
             (root / f"data{phrases}").mkdir()
             some = write_images(root / f"data{phrases}", options.batch_size, phrases)
             reader = make_reader(model, some, options.batch_size)
             step = put_on_device(model, rounds_of_first_step(reader))
             calls(model, step)
+            counts[phrases] = operations(model, step)
             found = [seconds_of(calls, model, step) for _ in range(5)]
             by_phrases[phrases] = statistics.median(found)
     print(environment.describe())
+    print(f"float32: {roof}")
     print(
         f"{options.images} images of {WIDTH} x {HEIGHT} with {options.phrases} phrases, "
         f"{options.batch_size} images a step, {options.repeats} times by turns\n"
     )
-    print("| | median s a step | min | max |\n|---|---|---|---|")
-    for name, found in (("compiled calls alone", alone), ("the whole job", whole)):
-        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
+    times = {"compiled calls alone": alone, "the whole job": whole}
+    print_times(times, dict.fromkeys(times, count), roof)
     shares = [a / b for a, b in zip(alone, whole, strict=True)]
     print(
         f"\ncompiled calls / wall time of the job: median {statistics.median(shares):.1%} "
         f"({min(shares):.1%} to {max(shares):.1%})\n"
     )
-    print(f"| phrases of an image | s of {options.batch_size} images | beside one phrase |")
-    print("|---|---|---|")
+    print(
+        f"| phrases of an image | s of {options.batch_size} images | beside one phrase "
+        "| operations beside one phrase |"
+    )
+    print("|---|---|---|---|")
     for phrases, seconds in by_phrases.items():
-        print(f"| {phrases} | {seconds:.3f} | {seconds / by_phrases[1]:.2f} |")
+        beside, more = seconds / by_phrases[1], counts[phrases] / counts[1]
+        print(f"| {phrases} | {seconds:.3f} | {beside:.2f} | {more:.2f} |")
 
 
 if __name__ == "__main__":
