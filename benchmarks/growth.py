@@ -74,7 +74,7 @@ class Cost:
 
 def measure(point: Point, repeats: int) -> Cost:
     stage = stage_of(point)
-    batch = with_phrases(read_batch(stage.model, point.images, 1), point.phrases)
+    batch = with_phrases(read_batch(stage.experiment, point.images, 1), point.phrases)
     leaves = path_leaves(merge(stage.placement.state.trainable, stage.placement.state.frozen))
     seconds = []
     with jax.set_mesh(stage.mesh):
