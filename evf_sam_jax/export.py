@@ -151,9 +151,11 @@ def model_functions(config: evf_sam.EvfSamConfig, platforms: Sequence[str]) -> d
         text_valid: Bool[Array, "1 k l"],
     ) -> dict[str, Array]:
         params = model_dir.nest(leaves)
-        text = evf_sam.encode_phrases(config, params, encoder_image, text_ids, text_valid)
         image = ImageFeatures(features["embedding"], tuple(features["high_res"]))
-        prediction = evf_sam.decode(config, params, image, Prompts(text=text), multimask=False)
+        # One for all: what suits CPUs matters here to gradients alone.
+        with compiled_for(Target("gpu", fused=False)):
+            text = evf_sam.encode_phrases(config, params, encoder_image, text_ids, text_valid)
+            prediction = evf_sam.decode(config, params, image, Prompts(text=text), multimask=False)
         return {"low_res_logits": prediction.low_res_logits, "iou": prediction.iou}
 
     def resample(leaves: Leaves, *inputs: Array) -> Array:
