@@ -65,6 +65,8 @@ def print_times(
         )
 
 
-def median_and_range(seconds: Sequence[float]) -> str:
+def median_and_range(seconds: Sequence[float], decimals: int = 2) -> str:
     """Such as "1.23 (1.20 to 1.31)"."""
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+    found = (statistics.median(seconds), min(seconds), max(seconds))
+    middle, least, most = (f"{each:.{decimals}f}" for each in found)
+    return f"{middle} ({least} to {most})"

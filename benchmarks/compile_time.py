@@ -10,7 +10,6 @@ deepest takes little longer than the shallowest.
 import argparse
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import environment
+from benchmarks.alternation import median_and_range
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.sam.config import SamConfig
 
@@ -69,10 +69,10 @@ def main() -> None:
     print(f"{options.dtype}, median seconds of {options.repeats} processes (smallest to largest)\n")
     print("| encoder | | trace and lower | compile |\n|---|---|---|---|")
     for (size, state), seconds in found.items():
-        columns = []
-        for step in ("trace", "compile"):
-            each = [one[step] for one in seconds]
-            columns.append(f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})")
+        columns = [
+            median_and_range([one[step] for one in seconds], decimals=1)
+            for step in ("trace", "compile")
+        ]
         print(f"| {size} | {state} | {' | '.join(columns)} |")
 
 
