@@ -1,8 +1,8 @@
 """SAM's image encoder beside PyPI `segment-anything`'s, in one process, in alternation.
 
     bash tests/install_parity.sh && python -m benchmarks.image_encoder --size vit_h
-    pip install keras kagglehub && pip install --no-deps keras-hub  # without TensorFlow
-    KERAS_BACKEND=jax python -m benchmarks.image_encoder --size vit_b --keras
+    pip install keras && pip install --no-deps keras-hub  # without TensorFlow
+    python -m benchmarks.image_encoder --size vit_b --keras
 
 All encode the same image with the same weights in float32 on the CPU; the outputs are compared.
 KerasHub has a port of SAM that runs on jax; `--keras` adds it. Operations are the model's; the
@@ -12,6 +12,7 @@ other two also multiply the padding of windows.
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -32,10 +33,15 @@ def keras_hub_encoder(
     config: SamConfig, weights: dict[str, torch.Tensor]
 ) -> Callable[[torch.Tensor], jax.Array]:
     """KerasHub's encoder with the original's weights: preprocessed pixels -> [1 g g c]."""
-    import keras
-    from keras_hub.models import ViTDetBackbone
+    os.environ["KERAS_BACKEND"] = "jax"
+    try:
+        import keras
+        from keras_hub.models import ViTDetBackbone
+    except ImportError as error:
+        raise SystemExit(
+            f"error: --keras: expected keras and keras-hub, found that {error}"
+        ) from None
 
-    assert keras.backend.backend() == "jax", "KERAS_BACKEND=jax has to be set"
     backbone = ViTDetBackbone(
         hidden_size=config.width,
         num_layers=config.depth,
