@@ -60,6 +60,30 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if _is_slow_tier(config) else 2
 
 
+# Files that take minutes, the longest first. Processes are given them before all others, so that
+# none is left for the end, when the other process has nothing more to do.
+LONG_FILES = (
+    "evf_sam_jax/test_train.py",
+    "evf_sam_jax/test_resume.py",
+    "evf_sam_jax/test_predictor.py",
+    "evf_sam_jax/test_train_step.py",
+    "evf_sam_jax/test_feature_cache.py",
+    "evf_sam_jax/test_sharding.py",
+    "evf_sam_jax/models/test_sam.py",
+    "data_pipelines/test_pipelines.py",
+    "evf_sam_jax/test_predict.py",
+    "evf_sam_jax/models/test_sam2.py",
+    "evf_sam_jax/models/test_efficient_sam.py",
+    "configs/test_finetune.py",
+    "evf_sam_jax/models/test_quantized.py",
+)
+
+
+def _is_later(item: pytest.Item) -> int:
+    name = item.path.relative_to(Path(__file__).parent).as_posix()
+    return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """Where compiled programs are kept, for commands that tests start as processes."""
@@ -72,6 +96,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    items.sort(key=_is_later)
     missing = originals.missing_originals()
     if missing:
         reason = f"{', '.join(missing)} not installed: run tests/install_parity.sh"

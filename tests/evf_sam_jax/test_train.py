@@ -86,6 +86,7 @@ def test_frozen_parameters_leave_the_run_as_they_came(run: tuple[Path, IouSums])
     np.testing.assert_array_equal(after[frozen], before[frozen])
 
 
+@pytest.mark.slow  # tests/evf_sam_jax/test_resume.py has runs with the same bits
 def test_a_run_is_a_function_of_its_seed(run: tuple[Path, IouSums], tmp_path: Path):
     train(EXPERIMENT, tmp_path / "again")
     losses = [

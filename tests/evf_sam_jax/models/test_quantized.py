@@ -77,7 +77,7 @@ def test_kernels_of_linear_layers_have_8_bits_and_nothing_else():
     assert found == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_inputs_in_8_bits_are_near(dtype: str):
     model = evf_sam.with_dtype(MODEL, dtype)
     config, params = quantized.quantize(model, params_of_model(), "weights_and_activations")
@@ -97,6 +97,7 @@ def test_the_segmenter_alone_can_be_quantised():
     assert config.segmenter == MODEL.segmenter
 
 
+@pytest.mark.slow
 def test_sam2_can_be_quantised():
     segmenter = dataclasses.replace(Sam2Config.tiny(), dtype="float32")
     model = dataclasses.replace(MODEL, segmenter=segmenter)
