@@ -12,7 +12,6 @@ import dataclasses
 import io
 import itertools
 import json
-import statistics
 import tempfile
 import time
 
@@ -20,7 +19,8 @@ import grain
 import jax
 from etils import epath
 
-from benchmarks import environment
+from benchmarks import environment, roofline
+from benchmarks.alternation import print_times
 from configs.shapes import get_config
 from data_pipelines.batch import Batch
 from data_pipelines.tokenizers import Tokenizer
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     config = experiment(options.batch_size, options.steps)
     tokenizer = load_tokenizer(tokenizer_directory(config), config.model)
@@ -113,18 +113,11 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, run in runs.items():
             seconds[name].append(run())
+    roof = roofline.measure(config.model.segmenter.dtype)
     print(environment.describe())
+    print(f"{config.model.segmenter.dtype}: {roof}")
     print(f"{options.batch_size} images, {options.steps} steps, {options.repeats} times by turns\n")
-    print("| | median s a step | min | max |\n|---|---|---|---|")
-    for name, found in seconds.items():
-        print(f"| {name} | {statistics.median(found):.3f} | {min(found):.3f} | {max(found):.3f} |")
-    alone = seconds["compiled step alone"]
-    for name, found in list(seconds.items())[1:]:
-        ratios = [b / a for a, b in zip(alone, found, strict=True)]
-        print(
-            f"\n{name} / compiled step alone: median {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f})"
-        )
+    print_times(seconds, dict.fromkeys(seconds, stage.flops(made[0])), roof)
 
 
 if __name__ == "__main__":
