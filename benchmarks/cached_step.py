@@ -1,5 +1,6 @@
 """A training step that reads the segmenter's features beside one that computes them.
 
+    source benchmarks/keep_memory.sh
     python -m benchmarks.cached_step --phrases 3
     python -m benchmarks.cached_step --phrases 1
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import environment
 from benchmarks.alternation import median_and_range, print_comparison
 from configs.refcoco import get_config
 from data_pipelines.assemble import BatchSpec, Slot, assemble
@@ -77,6 +79,7 @@ def main() -> None:
     config = experiment(remat=False if options.keep else "dots")
     steps = Steps(config, read_batch(config, options.images, options.phrases))
     compare(steps, options.repeats)
+    print(f"\nthe process held {environment.peak_memory()} at most, both kinds of steps included")
     print(f"\nupdate, with its norms and AdamW: {median_and_range(update_seconds(steps))} s")
 
 

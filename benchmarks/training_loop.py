@@ -1,6 +1,7 @@
 """A training step on features that were computed before, beside a loop over the PyTorch originals.
 
-    bash tests/install_parity.sh && python -m benchmarks.training_loop --phrases 3
+    bash tests/install_parity.sh && source benchmarks/keep_memory.sh
+    python -m benchmarks.training_loop --phrases 3
 
 BEiT-3-L and SAM ViT-H in float32 on the CPU, forward and backward pass of the same images, phrases
 and masks: `segment-anything`'s and torchscale's modules put together and trained as hustvl/EVF-SAM
@@ -179,6 +180,7 @@ def main() -> None:
     for what, title in (("step", "forward and backward pass"), ("update", "the update apart")):
         print(f"{title}:\n")
         print_times({name: found[what] for name, found in seconds.items()})
+        print()
 
 
 def in_a_process(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
