@@ -5,21 +5,22 @@
 BEiT-3-B and SAM ViT-B in float32 on the embedded data set, images through the segmenter's encoder,
 forward and backward pass and update. From 2 images of 2 phrases in frames of 512 pixels one number
 is changed at a time; devices are virtual ones of this CPU, 8 images shared out among them with
-parameters split over all (ZeRO-3), so their time shows overhead and no speed. Memory is what the
-compiler reserves on a device: inputs, outputs and temporaries.
+parameters split over all (ZeRO-3), so their time shows overhead and no speed: several ones are in a
+process of their own, with more threads than cores. Memory is what the compiler reserves on a
+device: inputs, outputs and temporaries.
 """
-
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A collective of virtual devices blocks a thread of XLA's pool for each of them.
-os.environ.setdefault("NPROC", "64")
 
 import argparse
 import dataclasses
 import functools
+import itertools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -125,6 +126,19 @@ def with_phrases(batch: Batch, phrases: int) -> Batch:
     return dataclasses.replace(batch, **repeated)
 
 
+def in_a_process(points: Sequence[Point], repeats: int, **variables: str) -> Iterator[Cost]:
+    """Measures points in a process with these variables, and gives each when it is there."""
+    command = [sys.executable, "-m", "benchmarks.growth", f"--repeats={repeats}", "--child"]
+    command += [json.dumps(dataclasses.asdict(point)) for point in points]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield Cost(**json.loads(line))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
 def draw(found: dict[str, list[tuple[int, Cost]]], figure: Path) -> None:
     """A column of two plots for each axis: seconds above, memory below."""
     from matplotlib.figure import Figure
@@ -153,14 +167,28 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--child", nargs="+", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 8)
+    if options.child:
+        points = [Point(**values) for values in options.child]
+        jax.config.update("jax_num_cpu_devices", max(point.devices for point in points))
+        for point in points:
+            print(json.dumps(dataclasses.asdict(measure(point, options.repeats))), flush=True)
+        return
     print(environment.describe())
     print("\n| images | phrases | frame | devices | s a step | 1e12 operations | GB a device |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    wanted = dict.fromkeys(point for axis in options.axes for point in AXES[axis])
+    one = [point for point in wanted if point.devices == 1]
+    several = [point for point in wanted if point.devices > 1]
+    # A collective of virtual devices blocks a thread of XLA's pool for each of them.
+    costs = itertools.chain(
+        in_a_process(one, options.repeats) if one else (),
+        in_a_process(several, options.repeats, NPROC="64") if several else (),
+    )
     measured: dict[Point, Cost] = {}
-    for point in dict.fromkeys(point for axis in options.axes for point in AXES[axis]):
-        cost = measured[point] = measure(point, options.repeats)
+    for point, cost in zip(one + several, costs, strict=True):
+        measured[point] = cost
         middle, least, most = cost.seconds
         print(
             f"| {point.images} | {point.phrases} | {point.frame} | {point.devices} "
