@@ -79,8 +79,8 @@ def main() -> None:
     config = experiment(remat=False if options.keep else "dots")
     steps = Steps(config, read_batch(config, options.images, options.phrases))
     compare(steps, options.repeats)
-    print(f"\nthe process held {environment.peak_memory()} at most, both kinds of steps included")
     print(f"\nupdate, with its norms and AdamW: {median_and_range(update_seconds(steps))} s")
+    print(f"\nthe process held {environment.peak_memory()} at most")
 
 
 class Steps:

@@ -116,7 +116,10 @@ def main() -> None:
     roof = roofline.measure(config.model.segmenter.dtype)
     print(environment.describe())
     print(f"{config.model.segmenter.dtype}: {roof}")
-    print(f"{options.batch_size} images, {options.steps} steps, {options.repeats} times by turns\n")
+    print(
+        f"seconds of a step of {options.batch_size} images, by runs of {options.steps} steps, "
+        f"{options.repeats} by turns\n"
+    )
     print_times(seconds, dict.fromkeys(seconds, stage.flops(made[0])), roof)
 
 
