@@ -3,7 +3,7 @@
     pip install matplotlib && python -m benchmarks.growth --figure benchmarks/growth.png
 
 BEiT-3-B and SAM ViT-B in float32 on the embedded data set, images through the segmenter's encoder,
-forward and backward pass and update. From 2 images of 2 phrases in frames of 512 pixels one number
+forward and backward pass and update. From 2 images of 2 phrases in frames of 256 pixels one number
 is changed at a time; devices are virtual ones of this CPU, 8 images shared out among them with
 parameters split over all (ZeRO-3), so their time shows overhead and no speed: several ones are in a
 process of their own, with more threads than cores. Memory is what the compiler reserves on a
@@ -45,7 +45,7 @@ class Point:
 
     images: int = 2
     phrases: int = 2
-    frame: int = 512
+    frame: int = 256
     devices: int = 1
 
 
@@ -130,8 +130,8 @@ def in_a_process(points: Sequence[Point], repeats: int, **variables: str) -> Ite
     """Measures points in a process with these variables, and gives each when it is there."""
     command = [sys.executable, "-m", "benchmarks.growth", f"--repeats={repeats}", "--child"]
     command += [json.dumps(dataclasses.asdict(point)) for point in points]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             yield Cost(**json.loads(line))
