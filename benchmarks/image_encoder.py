@@ -1,19 +1,25 @@
-"""SAM's image encoder beside PyPI `segment-anything`'s, in one process, in alternation.
+"""A segmenter's image encoder beside the PyTorch original's, in one process, in alternation.
 
     bash tests/install_parity.sh && python -m benchmarks.image_encoder --size vit_h
+    python -m benchmarks.image_encoder --size hiera_large --compile
     pip install keras && pip install --no-deps keras-hub  # without TensorFlow
     python -m benchmarks.image_encoder --size vit_b --keras
 
-All encode the same image with the same weights in float32 on the CPU; the outputs are compared.
-KerasHub has a port of SAM that runs on jax; `--keras` adds it. Operations are the model's; the
-other two also multiply the padding of windows.
+All encode the same image with the same weights; the outputs are compared. The originals are PyPI's
+`segment-anything` and `sam2`, on the GPU where torch has one. `--compile` adds them under
+`torch.compile`, with SAM's attention by `scaled_dot_product_attention`, by which SAM-2 attends
+anyway. KerasHub has a port of SAM that runs on jax; `--keras` adds it. Operations are our model's;
+the others also multiply the padding of windows.
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import os
+import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,18 +27,90 @@ import torch
 
 from benchmarks.alternation import print_comparison
 from convert import sam as sam_table
+from convert import sam2 as sam2_table
 from evf_sam_jax.flops import count_flops
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.frame import PIXEL_MEAN, PIXEL_STD
 from evf_sam_jax.models.sam.config import SamConfig
-from tests.parity import sam_cases
+from evf_sam_jax.models.sam2.config import Sam2Config
+from tests.parity import sam2_cases, sam_cases
 from tests.parity.weights import our_params
+
+SIZES: dict[str, Callable[[], SamConfig | Sam2Config]] = {
+    **{name: getattr(SamConfig, name) for name in ("vit_b", "vit_l", "vit_h")},
+    **{
+        f"hiera_{name}": getattr(Sam2Config, f"hiera_{name}")
+        for name in ("tiny", "small", "base_plus", "large")
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A PyTorch original and how it is asked.
+
+    Attributes:
+      name: of its package.
+      model: it, on the device that torch has.
+      encode: (model, preprocessed pixels [1 3 s s]) -> embedding [1 c g g].
+      params: ours, with the same weights.
+    """
+
+    name: str
+    model: Any
+    encode: Callable[[Any, torch.Tensor], torch.Tensor]
+    params: evf_sam.Params
+
+
+def original_of(config: SamConfig | Sam2Config) -> Original:
+    if isinstance(config, SamConfig):
+        return Original(
+            "segment-anything",
+            sam_cases.original(config),
+            lambda model, pixels: model.image_encoder(pixels),
+            our_params(sam_table.table(config), sam_cases.section(config)),
+        )
+    return Original(
+        "sam2",
+        sam2_cases.original(config),
+        lambda model, pixels: sam2_cases.original_features(model, pixels)[-1],
+        our_params(sam2_table.table(config), sam2_cases.section(config)),
+    )
+
+
+def compiled(original: Original) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The original under `torch.compile`, with the same parameters."""
+    shared = {id(each): each for each in original.model.parameters()}
+    model = copy.deepcopy(original.model, memo=shared)
+    if original.name == "segment-anything":
+        for block in model.image_encoder.blocks:
+            block.attn.forward = types.MethodType(attend_fused, block.attn)
+    return torch.compile(functools.partial(original.encode, model))
+
+
+def attend_fused(attention: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the forward of `segment_anything`'s `Attention` returns, by torch's fused attention."""
+    from segment_anything.modeling.image_encoder import get_rel_pos
+
+    b, h, w, _ = x.shape
+    n = attention.num_heads
+    query, key, value = attention.qkv(x).reshape(b, h * w, 3, n, -1).permute(2, 0, 3, 1, 4)
+    by_row, by_column = (
+        torch.einsum(form, query.unflatten(2, (h, w)), get_rel_pos(side, side, table))
+        for form, side, table in (
+            ("bnhwc,hkc->bnhwk", h, attention.rel_pos_h),
+            ("bnhwc,wkc->bnhwk", w, attention.rel_pos_w),
+        )
+    )
+    bias = (by_row[..., :, None] + by_column[..., None, :]).reshape(b, n, h * w, h * w)
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return attention.proj(found.transpose(1, 2).reshape(b, h, w, -1))
 
 
 def keras_hub_encoder(
     config: SamConfig, weights: dict[str, torch.Tensor]
-) -> Callable[[torch.Tensor], jax.Array]:
-    """KerasHub's encoder with the original's weights: preprocessed pixels -> [1 g g c]."""
+) -> Callable[[np.ndarray], jax.Array]:
+    """KerasHub's encoder with the original's weights: pixels [1 3 s s] -> embedding [1 g g c]."""
     os.environ["KERAS_BACKEND"] = "jax"
     try:
         import keras
@@ -91,59 +169,69 @@ def keras_hub_encoder(
 
     parameters = [variable.value for variable in backbone.trainable_variables]
     forward = jax.jit(lambda values, x: backbone.stateless_call(values, [], x)[0])
-    mean, stddev = (torch.tensor(x) / 255 for x in (PIXEL_MEAN, PIXEL_STD))
+    mean, stddev = (np.asarray(x, np.float32) / 255 for x in (PIXEL_MEAN, PIXEL_STD))
 
-    def encode(pixels: torch.Tensor) -> jax.Array:
-        scaled = pixels.permute(0, 2, 3, 1) * stddev + mean  # which it undoes
-        embedding = forward(parameters, scaled.numpy())
-        return jax.block_until_ready(embedding)
+    def encode(pixels: np.ndarray) -> jax.Array:
+        scaled = pixels.transpose(0, 2, 3, 1) * stddev + mean  # which it undoes
+        return jax.block_until_ready(forward(parameters, scaled))
 
     return encode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=("vit_b", "vit_l", "vit_h"), default="vit_h")
-    parser.add_argument("--keras", action="store_true", help="with KerasHub's port")
+    parser.add_argument("--size", choices=SIZES, default="vit_h")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--keras", action="store_true", help="with KerasHub's port of SAM")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if options.keras and (not options.size.startswith("vit_") or options.dtype != "float32"):
+        parser.error(f"--keras: expected a SAM in float32, found {options.size}, {options.dtype}")
 
-    segmenter = dataclasses.replace(getattr(SamConfig, options.size)(), dtype="float32")
+    segmenter = dataclasses.replace(SIZES[options.size](), dtype=options.dtype)
     config = dataclasses.replace(evf_sam.EvfSamConfig.tiny(), segmenter=segmenter)
-    given = sam_cases.inputs(segmenter)
+    side = segmenter.image_size
+    image = np.random.default_rng(7).integers(0, 256, (1, side, side, 3), np.uint8)
+    pixels = (image.astype(np.float32) - PIXEL_MEAN) / np.asarray(PIXEL_STD, np.float32)
+    pixels = pixels.transpose(0, 3, 1, 2)
 
-    original = sam_cases.original(segmenter)
-    content = torch.from_numpy(given.image[: given.size[0], : given.size[1]].copy())
-    pixels = original.preprocess(content.permute(2, 0, 1).float()[None])
-
-    params = our_params(sam_table.table(segmenter), sam_cases.section(segmenter))
-    params = jax.device_put({"segmenter": {"image_encoder": params["segmenter"]["image_encoder"]}})
-    image, size = jax.device_put((given.image[None], np.asarray([given.size], np.int32)))
+    original = original_of(segmenter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    original.model.to(device, getattr(torch, options.dtype))
+    given = torch.from_numpy(pixels).to(device, getattr(torch, options.dtype))
+    params = {
+        "segmenter": jax.tree.map(lambda x: x.astype(options.dtype), original.params["segmenter"])
+    }
+    params, frame, size = jax.device_put((params, image, np.full((1, 2), side, np.int32)))
     encode = jax.jit(evf_sam.encode_image, static_argnums=0)
 
-    def theirs() -> torch.Tensor:
+    def ours() -> np.ndarray:
+        return np.asarray(encode(config, params, frame, size).embedding, np.float32)
+
+    def theirs(encode: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
         with torch.inference_mode():
-            return original.image_encoder(pixels)
+            return encode(given).permute(0, 2, 3, 1).float().cpu().numpy()
 
-    def ours() -> jax.Array:
-        return jax.block_until_ready(encode(config, params, image, size)).embedding
-
-    runs = {"segment-anything": theirs, "evf_sam_jax": ours}
-    expected = theirs()[0].permute(1, 2, 0).numpy()
-    found = {"evf_sam_jax": np.asarray(ours())[0]}
+    eager = functools.partial(original.encode, original.model)
+    runs = {original.name: functools.partial(theirs, eager), "evf_sam_jax": ours}
+    if options.compile:
+        runs["torch.compile"] = functools.partial(theirs, compiled(original))
     if options.keras:
-        encode_by_keras = keras_hub_encoder(segmenter, original.image_encoder.state_dict())
-        runs["KerasHub"] = lambda: encode_by_keras(pixels)
-        found["KerasHub"] = np.asarray(runs["KerasHub"]())[0]
-    for name, embedding in found.items():
-        print(f"{name}: the output differs by at most {np.abs(embedding - expected).max():.1e}")
-    operations = count_flops(functools.partial(evf_sam.encode_image, config), params, image, size)
+        keras = keras_hub_encoder(segmenter, original.model.image_encoder.state_dict())
+        runs["KerasHub"] = lambda: np.asarray(keras(pixels))
+    # Twice, since torch compiles anew what has been remembered in the first call.
+    expected, *others = [[run() for run in runs.values()] for _ in range(2)][-1]
+    for name, found in zip(list(runs)[1:], others, strict=True):
+        print(f"{name}: the output differs by at most {np.abs(found - expected).max():.1e}")
+    operations = count_flops(functools.partial(evf_sam.encode_image, config), params, frame, size)
     print_comparison(
-        f"{options.size} image encoder, float32",
+        f"{options.size} image encoder, {options.dtype}",
         runs,
         options.repeats,
         operations=dict.fromkeys(runs, operations),
-        packages=("segment-anything", "keras", "keras-hub")[: len(runs)],
+        dtype=options.dtype,
+        packages=(original.name, *(("keras", "keras-hub") if options.keras else ())),
     )
 
 
