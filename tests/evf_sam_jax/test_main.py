@@ -11,7 +11,7 @@ from tests.test_architecture import ROOT
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "evf_sam_jax.main", *arguments],
+        [sys.executable, "-m", "evf_sam_jax.main", "--compilation_cache=", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
