@@ -1,13 +1,15 @@
 """How time and memory of a training step grow, as a figure: with images, phrases, size, devices.
 
-    pip install matplotlib && python -m benchmarks.growth --figure benchmarks/growth.png
+    pip install matplotlib
+    python -m benchmarks.growth --results runs/growth.json --figure benchmarks/growth.png
 
 BEiT-3-B and SAM ViT-B in float32 on the embedded data set, images through the segmenter's encoder,
 forward and backward pass and update. From 2 images of 2 phrases in frames of 256 pixels one number
 is changed at a time; devices are virtual ones of this CPU, 8 images shared out among them with
-parameters split over all (ZeRO-3), so their time shows overhead and no speed: several ones are in a
-process of their own, with more threads than cores. Memory is what the compiler reserves on a
-device: inputs, outputs and temporaries.
+parameters split over all (ZeRO-3), so their time shows overhead and no speed. BEiT-3 has 3 of its
+12 layers there, since all devices are in this machine's memory; several are in a process of their
+own, with more threads than cores. Memory is what the compiler reserves on a device: inputs, outputs
+and temporaries. What RESULTS holds, of this machine, is not measured again.
 """
 
 import argparse
@@ -41,11 +43,12 @@ from evf_sam_jax.stage import Stage, make_stage
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What a step is given: images in the batch, phrases of each, side of a frame, devices."""
+    """What a step is given: images, phrases of each, side of a frame, BEiT-3's layers, devices."""
 
     images: int = 2
     phrases: int = 2
     frame: int = 256
+    layers: int = 12
     devices: int = 1
 
 
@@ -53,13 +56,13 @@ AXES = {
     "images": [Point(images=n) for n in (1, 2, 4, 8)],
     "phrases": [Point(phrases=n) for n in (1, 2, 4, 8)],
     "frame": [Point(frame=n) for n in (256, 512, 768, 1024)],
-    "devices": [Point(images=8, devices=n) for n in (1, 2, 4, 8)],
+    "devices": [Point(images=8, layers=3, devices=n) for n in (1, 2, 4, 8)],
 }
 LABELS = {
     "images": "images in a batch",
     "phrases": "phrases of an image",
     "frame": "side of the frame, pixels",
-    "devices": "virtual devices, 8 images",
+    "devices": "virtual devices, 8 images, 3 layers",
 }
 
 
@@ -106,7 +109,8 @@ def stage_of(point: Point) -> Stage:
     """The paper's stage with the smaller model, on so many devices."""
     config = experiment_from_dict(get_config("foundations=none,data=none").to_dict())
     segmenter = dataclasses.replace(SamConfig.vit_b(), image_size=point.frame, encoder_chunk=None)
-    model = with_dtype(EvfSamConfig(Beit3Config.base(), segmenter), "float32")
+    encoder = dataclasses.replace(Beit3Config.base(), layers=point.layers)
+    model = with_dtype(EvfSamConfig(encoder, segmenter), "float32")
     config = dataclasses.replace(
         config,
         model=model,
@@ -139,6 +143,23 @@ def in_a_process(points: Sequence[Point], repeats: int, **variables: str) -> Ite
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
+def read_results(path: Path | None) -> dict[Point, Cost]:
+    """What a file of `write_results` holds, nothing where there is none."""
+    if path is None or not path.exists():
+        return {}
+    rows = json.loads(path.read_text())
+    return {Point(**row["point"]): Cost(**row["cost"]) for row in rows}
+
+
+def write_results(path: Path, measured: dict[Point, Cost]) -> None:
+    rows = [
+        {"point": dataclasses.asdict(point), "cost": dataclasses.asdict(cost)}
+        for point, cost in measured.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def draw(found: dict[str, list[tuple[int, Cost]]], figure: Path) -> None:
     """A column of two plots for each axis: seconds above, memory below."""
     from matplotlib.figure import Figure
@@ -166,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, help="JSON of what was measured, read and written")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--child", nargs="+", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -175,26 +197,31 @@ def main() -> None:
         for point in points:
             print(json.dumps(dataclasses.asdict(measure(point, options.repeats))), flush=True)
         return
-    print(environment.describe())
-    print("\n| images | phrases | frame | devices | s a step | 1e12 operations | GB a device |")
-    print("|---|---|---|---|---|---|---|", flush=True)
     wanted = dict.fromkeys(point for axis in options.axes for point in AXES[axis])
-    one = [point for point in wanted if point.devices == 1]
-    several = [point for point in wanted if point.devices > 1]
+    measured = read_results(options.results)
+    missing = [point for point in wanted if point not in measured]
+    one = [point for point in missing if point.devices == 1]
+    several = [point for point in missing if point.devices > 1]
     # A collective of virtual devices blocks a thread of XLA's pool for each of them.
     costs = itertools.chain(
         in_a_process(one, options.repeats) if one else (),
-        in_a_process(several, options.repeats, NPROC="64") if several else (),
+        *(in_a_process([point], options.repeats, NPROC="64") for point in several),
     )
-    measured: dict[Point, Cost] = {}
-    for point, cost in zip(one + several, costs, strict=True):
+    for number, (point, cost) in enumerate(zip(one + several, costs, strict=True), 1):
         measured[point] = cost
+        print(f"{number} of {len(missing)}: {point}", file=sys.stderr)
+        if options.results:
+            write_results(options.results, measured)
+    print(environment.describe())
+    print("\n| images | phrases | frame | layers | devices | s a step | 1e12 operations | GB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for point in wanted:
+        cost = measured[point]
         middle, least, most = cost.seconds
+        sizes = " | ".join(map(str, dataclasses.astuple(point)))
         print(
-            f"| {point.images} | {point.phrases} | {point.frame} | {point.devices} "
-            f"| {middle:.2f} ({least:.2f} to {most:.2f}) | {cost.operations:.2f} "
-            f"| {cost.gigabytes:.2f} |",
-            flush=True,
+            f"| {sizes} | {middle:.2f} ({least:.2f} to {most:.2f}) | {cost.operations:.2f} "
+            f"| {cost.gigabytes:.2f} |"
         )
     if options.figure:
         axes = {
