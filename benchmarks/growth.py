@@ -15,6 +15,7 @@ and temporaries. What RESULTS holds, of this machine, is not measured again.
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -147,8 +148,13 @@ def read_results(path: Path | None) -> dict[Point, Cost]:
     """What a file of `write_results` holds, nothing where there is none."""
     if path is None or not path.exists():
         return {}
-    rows = json.loads(path.read_text())
-    return {Point(**row["point"]): Cost(**row["cost"]) for row in rows}
+    try:
+        rows = json.loads(path.read_text())
+        return {Point(**row["point"]): Cost(**row["cost"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"error: --results {path}: expected what this command has written, found {error!r}"
+        ) from None
 
 
 def write_results(path: Path, measured: dict[Point, Cost]) -> None:
@@ -191,6 +197,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--child", nargs="+", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.figure and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--figure: expected matplotlib, found that it is not installed")
     if options.child:
         points = [Point(**values) for values in options.child]
         jax.config.update("jax_num_cpu_devices", max(point.devices for point in points))

@@ -193,8 +193,8 @@ def main() -> None:
     config = dataclasses.replace(evf_sam.EvfSamConfig.tiny(), segmenter=segmenter)
     side = segmenter.image_size
     image = np.random.default_rng(7).integers(0, 256, (1, side, side, 3), np.uint8)
-    pixels = (image.astype(np.float32) - PIXEL_MEAN) / np.asarray(PIXEL_STD, np.float32)
-    pixels = pixels.transpose(0, 3, 1, 2)
+    mean, stddev = (np.asarray(x, np.float32) for x in (PIXEL_MEAN, PIXEL_STD))
+    pixels = ((image.astype(np.float32) - mean) / stddev).transpose(0, 3, 1, 2)
 
     original = original_of(segmenter)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Not 0, with which coordinates of pixels are rounded otherwise.
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=1"]
         # Without its emitters of fused loops XLA compiles a gradient in three quarters of the time.
-        # Later versions know no such flag, and end the process.
+        # jaxlib 0.12 knows no such flag, and ends the process.
         if jax.__version_info__ < (0, 11):
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
