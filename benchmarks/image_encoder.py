@@ -218,6 +218,7 @@ def main() -> None:
     if options.compile:
         runs["torch.compile"] = functools.partial(theirs, compiled(original))
     if options.keras:
+        assert isinstance(segmenter, SamConfig)  # as checked above, of `--size`
         keras = keras_hub_encoder(segmenter, original.model.image_encoder.state_dict())
         runs["KerasHub"] = lambda: np.asarray(keras(pixels))
     # Twice, since torch compiles anew what has been remembered in the first call.
