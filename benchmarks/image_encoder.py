@@ -29,6 +29,7 @@ from benchmarks.alternation import print_comparison
 from convert import sam as sam_table
 from convert import sam2 as sam2_table
 from evf_sam_jax.flops import count_flops
+from evf_sam_jax.model_dir import nest, path_leaves
 from evf_sam_jax.models import evf_sam
 from evf_sam_jax.models.frame import PIXEL_MEAN, PIXEL_STD
 from evf_sam_jax.models.sam.config import SamConfig
@@ -53,13 +54,11 @@ class Original:
       name: of its package.
       model: it, on the device that torch has.
       encode: (model, preprocessed pixels [1 3 s s]) -> embedding [1 c g g].
-      params: ours, with the same weights.
     """
 
     name: str
     model: Any
     encode: Callable[[Any, torch.Tensor], torch.Tensor]
-    params: evf_sam.Params
 
 
 def original_of(config: SamConfig | Sam2Config) -> Original:
@@ -68,13 +67,26 @@ def original_of(config: SamConfig | Sam2Config) -> Original:
             "segment-anything",
             sam_cases.original(config),
             lambda model, pixels: model.image_encoder(pixels),
-            our_params(sam_table.table(config), sam_cases.section(config)),
         )
     return Original(
         "sam2",
         sam2_cases.original(config),
         lambda model, pixels: sam2_cases.original_features(model, pixels)[-1],
-        our_params(sam2_table.table(config), sam2_cases.section(config)),
+    )
+
+
+def params_of(config: SamConfig | Sam2Config) -> evf_sam.Params:
+    """The original's weights as ours, on the device, in the dtypes of inference."""
+    if isinstance(config, SamConfig):
+        params = our_params(sam_table.table(config), sam_cases.section(config))
+    else:
+        params = our_params(sam2_table.table(config), sam2_cases.section(config))
+    leaves = path_leaves({"segmenter": params["segmenter"]})
+    return nest(
+        {
+            path: jax.device_put(leaf.astype(evf_sam.param_dtype(path, config.dtype)))
+            for path, leaf in leaves.items()
+        }
     )
 
 
@@ -200,10 +212,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original.model.to(device, getattr(torch, options.dtype))
     given = torch.from_numpy(pixels).to(device, getattr(torch, options.dtype))
-    params = {
-        "segmenter": jax.tree.map(lambda x: x.astype(options.dtype), original.params["segmenter"])
-    }
-    params, frame, size = jax.device_put((params, image, np.full((1, 2), side, np.int32)))
+    params = params_of(segmenter)
+    frame, size = jax.device_put((image, np.full((1, 2), side, np.int32)))
     encode = jax.jit(evf_sam.encode_image, static_argnums=0)
 
     def ours() -> np.ndarray:

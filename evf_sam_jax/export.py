@@ -23,7 +23,6 @@ import importlib
 import inspect
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -326,7 +325,7 @@ def _write_weights(file: Path, model: str | os.PathLike, dtype: str) -> None:
     """Copies the parameters one at a time, each in the dtype that `Predictor` gives it."""
 
     def leaf_dtype(path: str) -> np.dtype:
-        return jnp.dtype(dtype if re.fullmatch(evf_sam.MATRICES, path) else "float32")
+        return jnp.dtype(evf_sam.param_dtype(path, dtype))
 
     tensors = {
         path: (leaf.shape, leaf_dtype(path)) for path, leaf in model_dir.describe(model).items()
@@ -341,7 +340,7 @@ def _leaf_shapes(config: evf_sam.EvfSamConfig, parameters: Sequence[str]) -> Lea
     dtype = config.encoder.dtype
     leaves = model_dir.path_leaves(evf_sam.param_shapes(config))
     return {
-        path: _shape(leaf.shape, dtype if re.fullmatch(evf_sam.MATRICES, path) else "float32")
+        path: _shape(leaf.shape, evf_sam.param_dtype(path, dtype))
         for path, leaf in leaves.items()
         if path.split("/")[0] in parameters
     }

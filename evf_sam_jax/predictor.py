@@ -17,7 +17,6 @@ combines them, the text token last. EVF-SAM was trained on text alone.
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -751,9 +750,7 @@ def _load_params(
     check_parameters(path, config, only)
 
     def place(name: str, leaf: np.ndarray) -> jax.Array:
-        return jax.device_put(
-            leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, name) else "float32")
-        )
+        return jax.device_put(leaf.astype(evf_sam.param_dtype(name, dtype)))
 
     return model_dir.load_params(path, only="^" + only, place=place)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,7 @@ def _load_checkpoint(run: epath.Path, checkpoint: str, dtype: str) -> LoadedMode
     tokenizer = load_tokenizer(_tokenizer_directory(values), config)
     leaves = path_leaves(read_averaged_params(run, stage, step))
     params = {
-        path: jax.device_put(
-            leaf.astype(dtype if re.fullmatch(evf_sam.MATRICES, path) else "float32")
-        )
+        path: jax.device_put(leaf.astype(evf_sam.param_dtype(path, dtype)))
         for path, leaf in leaves.items()
     }
     params = nest(params)

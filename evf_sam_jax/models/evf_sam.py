@@ -12,6 +12,7 @@ Differences:
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,11 @@ def with_dtype(config: EvfSamConfig, dtype: str) -> EvfSamConfig:
         encoder=dataclasses.replace(config.encoder, dtype=dtype),
         segmenter=dataclasses.replace(config.segmenter, dtype=dtype),
     )
+
+
+def param_dtype(path: str, dtype: str) -> str:
+    """What the parameter at `path` is kept in by a model for inference in `dtype`."""
+    return dtype if re.fullmatch(MATRICES, path) else "float32"
 
 
 class EvfSam(nn.Module):
