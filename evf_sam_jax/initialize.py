@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from evf_sam_jax.errors import UserError
@@ -69,11 +70,12 @@ def initial_params(
             leaves[path] = _put(path, scaled.astype(dtype(path)), shardings)
     random = {path: factors[path] for path in shapes if path not in leaves}
     if random:
-        # Of what is not asked for, the compiler computes nothing.
-        make = functools.partial(_random, config, random, {path: dtype(path) for path in random})
+        # Of what is not asked for, the compiler computes nothing. Factors are arguments, so that
+        # experiments which differ in them, or in the seed, share what is compiled.
+        make = functools.partial(_random, config.model, {path: dtype(path) for path in random})
         places = None if shardings is None else {path: shardings[path] for path in random}
         draw = jax.jit(make, out_shardings=places, compiler_options=RUNS_ONCE)
-        leaves |= draw(jax.random.key(config.seed))
+        leaves |= draw(random, jax.random.key(config.seed))
     return nest({path: leaves[path] for path in shapes})
 
 
@@ -153,13 +155,13 @@ def finished_model(
 
 
 def _random(
-    config: ExperimentConfig,
-    factors: Mapping[str, float],
+    config: EvfSamConfig,
     dtypes: Mapping[str, str],
+    factors: Mapping[str, Float[Array, ""]],
     rng: jax.Array,
 ) -> dict[str, jax.Array]:
-    leaves = path_leaves(draw_params(config.model, rng))
-    return {path: (factor * leaves[path]).astype(dtypes[path]) for path, factor in factors.items()}
+    leaves = path_leaves(draw_params(config, rng))
+    return {path: (factors[path] * leaves[path]).astype(dtype) for path, dtype in dtypes.items()}
 
 
 def _read_one(directory: str, path: str) -> np.ndarray:
