@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from etils import epath
 from jaxtyping import Int32, UInt8
 
@@ -171,6 +170,10 @@ class RunLog:
                 if (workdir / name).exists():  # a run that goes on
                     (workdir / name).copy(self._local / name)
         self._file = open(self._local / _METRICS, "a", encoding="utf-8")
+        # Not above: it imports torch where that is installed, for two seconds before anything is
+        # said about a command's mistakes.
+        import tensorboardX
+
         self._events = tensorboardX.SummaryWriter(str(self._local), write_to_disk=True)
 
     def __enter__(self) -> "RunLog":
