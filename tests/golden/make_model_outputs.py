@@ -34,7 +34,7 @@ def thinned(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def main() -> None:
     outputs = (
         {
-            f"sam_{name}": sam_cases.original_outputs(config, sam_cases.combinations(name))
+            f"sam_{name}": sam_cases.original_outputs(config, sam_cases.stored_combinations(name))
             for name, config in sam_cases.CONFIGS.items()
         }
         | {f"sam2_{name}": sam2_cases.original_outputs(name) for name in sam2_cases.CONFIGS}

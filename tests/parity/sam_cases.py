@@ -34,6 +34,11 @@ def combinations(name: str) -> list[tuple[str, ...]]:
     return COMBINATIONS if name == "small_b" else [("text",), KINDS]
 
 
+def stored_combinations(name: str) -> list[tuple[str, ...]]:
+    """Those whose outputs are stored, each of which a test compiles: of one kind, and of all."""
+    return [kinds for kinds in combinations(name) if len(kinds) in (1, len(KINDS))]
+
+
 def section(config: SamConfig) -> dict[str, Any]:
     """The manifest's configuration of a segmenter alone."""
     whole = dataclasses.replace(EvfSamConfig.tiny(), segmenter=config).to_dict()
