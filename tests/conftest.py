@@ -68,9 +68,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 # none is left for the end, when the other process has nothing more to do.
 LONG_FILES = (
     "evf_sam_jax/test_train.py",
-    "evf_sam_jax/test_resume.py",
     "evf_sam_jax/test_predictor.py",
     "evf_sam_jax/test_train_step.py",
+    "evf_sam_jax/test_resume.py",  # of what test_train.py has compiled
     "evf_sam_jax/test_feature_cache.py",
     "evf_sam_jax/test_sharding.py",
     "evf_sam_jax/models/test_sam.py",

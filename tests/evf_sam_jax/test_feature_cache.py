@@ -54,7 +54,11 @@ TRAINS_SKIPS = dataclasses.replace(
     trainable=(("segmenter/image_encoder/neck/conv_s[01]/.*", True), *STAGE.trainable),
 )
 SAM2 = dataclasses.replace(
-    SAM, model=dataclasses.replace(MODEL, segmenter=Sam2Config.tiny()), stages=(TRAINS_SKIPS,)
+    SAM,
+    model=dataclasses.replace(
+        MODEL, segmenter=dataclasses.replace(Sam2Config.tiny(), decoder_depth=1)
+    ),
+    stages=(TRAINS_SKIPS,),
 )
 
 

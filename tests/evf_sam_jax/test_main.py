@@ -9,16 +9,30 @@ import pytest
 from tests.test_architecture import ROOT
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cache: Path | str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "evf_sam_jax.main", "--compilation_cache=", *arguments],
+        [sys.executable, "-m", "evf_sam_jax.main", f"--compilation_cache={cache}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
 
 
-def test_a_run_trains_both_stages_and_ends_with_a_model(tmp_path: Path):
+def test_a_run_trains_and_ends_with_a_model(tmp_path: Path, compiled: Path):
+    result = command(
+        "--config=tests/evf_sam_jax/tiny_config.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.mesh.data=1",
+        cache=compiled,
+    )
+    assert result.returncode == 0, result.stderr
+    for name in ("referring 1/5: loss", "referring 5/5: held out cIoU", "Total:"):
+        assert name in result.stdout
+    assert (tmp_path / "run" / "model" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_both_stages_and_ends_with_a_model(tmp_path: Path):
     result = command(
         "--config=configs/shapes.py:fusion=late",
         f"--workdir={tmp_path / 'run'}",

@@ -34,7 +34,6 @@ from evf_sam_jax.experiment import (
     DatasetConfig,
     DatasetsConfig,
     ExperimentConfig,
-    experiment_from_dict,
 )
 from evf_sam_jax.model_dir import iterate_params
 from evf_sam_jax.optimizer import OptimizerConfig
@@ -46,18 +45,13 @@ from evf_sam_jax.stage import make_stage
 from evf_sam_jax.train import train
 from evf_sam_jax.training_data import open_data
 from tests.data_pipelines.astronaut import write_astronaut
-from tests.evf_sam_jax.tiny_config import get_config
+from tests.evf_sam_jax import tiny_config
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, PRETRAIN
 from tests.test_architecture import ROOT
 
-STEPS = 5
+STEPS = tiny_config.get_config().stages.referring.steps
 # On top of tests/evf_sam_jax/tiny_config.py, here and in the commands.
-VALUES = {
-    "stages.referring.steps": STEPS,
-    "checkpoints.every": 1,
-    "mesh.data": 1,
-    "evaluation.images": 8,
-}
+VALUES = {"checkpoints.every": 1, "mesh.data": 1}
 # What tests/conftest.py sets for this process, so that the commands compute the same programs.
 ENVIRONMENT = {
     "JAX_NUM_CPU_DEVICES": "8",
@@ -68,9 +62,7 @@ ENVIRONMENT = {
 
 def experiment(**changes: Any) -> ExperimentConfig:
     """The experiment of `VALUES`, with other fields."""
-    config = get_config()
-    config.update_from_flattened_dict(VALUES)
-    return dataclasses.replace(experiment_from_dict(config.to_dict()), **changes)
+    return dataclasses.replace(tiny_config.experiment(VALUES), **changes)
 
 
 def command(workdir: Path, compiled: Path, *arguments: str, **values: Any) -> list[str]:
@@ -469,14 +461,13 @@ from evf_sam_jax import processes
 from evf_sam_jax.sharding import make_mesh, process_rows
 from evf_sam_jax.stage import make_stage
 from evf_sam_jax.training_data import open_data
-from tests.evf_sam_jax.tiny_config import get_config
-from evf_sam_jax.experiment import experiment_from_dict
+from tests.evf_sam_jax.tiny_config import experiment
 
 coordinator, index = sys.argv[1], int(sys.argv[2])
 with processes.joined(processes.find_cluster(coordinator, 2, index, {}), 60):
-    experiment = experiment_from_dict(get_config().to_dict())
-    stage = make_stage(experiment, experiment.stages[0], make_mesh(experiment.mesh))
-    data, tokenizer = open_data(experiment), load_tokenizer(SHAPES_TOKENIZER)
+    config = experiment({})
+    stage = make_stage(config, config.stages[0], make_mesh(config.mesh))
+    data, tokenizer = open_data(config), load_tokenizer(SHAPES_TOKENIZER)
     mine = stage.batches(data, tokenizer)[1]
     whole = stage.batches(data, tokenizer, whole=True)[1]
     rows = process_rows(stage.mesh, stage.config.batch_size)
@@ -515,9 +506,7 @@ def test_each_process_reads_its_own_rows_only(tmp_path: Path):
 
 def other(key: str, value: Any) -> ExperimentConfig:
     """The experiment with another value at a dotted key."""
-    config = get_config()
-    config.update_from_flattened_dict({**VALUES, key: value})
-    return experiment_from_dict(config.to_dict())
+    return tiny_config.experiment({**VALUES, key: value})
 
 
 @pytest.mark.parametrize(

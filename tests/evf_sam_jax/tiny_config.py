@@ -3,8 +3,12 @@
 python -m evf_sam_jax.main --config tests/evf_sam_jax/tiny_config.py --workdir runs/tiny
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
+from evf_sam_jax.experiment import ExperimentConfig, experiment_from_dict
 from tests.evf_sam_jax.tiny_experiment import CANVAS, MODEL, TEXT_LENGTH
 
 
@@ -21,7 +25,7 @@ def get_config() -> ConfigDict:
     config.stages = ConfigDict()
     config.stages.referring = dict(
         prompts="text",
-        steps=20,
+        steps=5,
         batch_size=8,
         accumulate=1,
         ema_decay=None,
@@ -34,3 +38,10 @@ def get_config() -> ConfigDict:
     )
     config.evaluation = dict(images=8, batch_size=8, every=100, panel_images=1)
     return config
+
+
+def experiment(values: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment, with other values at some dotted keys."""
+    config = get_config()
+    config.update_from_flattened_dict(values)
+    return experiment_from_dict(config.to_dict())

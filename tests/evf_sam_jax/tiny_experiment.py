@@ -22,7 +22,10 @@ from evf_sam_jax.optimizer import OptimizerConfig
 from evf_sam_jax.sharding import MeshConfig
 from evf_sam_jax.train_step import LossWeights
 
-SEGMENTER = dataclasses.replace(SamConfig.tiny(), depth=2, patch_size=16, window_size=2)
+# Half of what a step compiles are the decoder's layers and the updates of their parameters.
+SEGMENTER = dataclasses.replace(
+    SamConfig.tiny(), depth=2, patch_size=16, window_size=2, decoder_depth=1
+)
 MODEL = dataclasses.replace(EvfSamConfig.tiny(), segmenter=SEGMENTER)
 TEXT_LENGTH, CANVAS = 16, (128, 128)
 
