@@ -2,8 +2,10 @@
 
 A directory holds
 
-- `features-00000-of-00004.array_record`, ...: a record an image, see `Layout.encode`;
-- `features-00000-of-00004.keys.npy`, ...: the first 8 bytes of the key of each of its records;
+- `features-0123456789abcdef.array_record`, ...: a record an image, see `Layout.encode`; each is
+  named after what it holds;
+- `features-0123456789abcdef.keys.npy`, ...: the first 8 bytes of the key of each of its records;
+- `features-0123456789abcdef.array_record.json`, ...: by which the command knows a finished file;
 - `manifest.json`: what the features are of, and the size and checksum of each file.
 
 `--mode cache_features` writes it. A record is found by the pixels of its image, so the same

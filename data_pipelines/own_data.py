@@ -31,6 +31,8 @@ from data_pipelines.tokenizers import is_unicode
 from evf_sam_jax.errors import UserError
 
 SPLITS = ("train", "val", "test")
+# What the ids of images begin with; the name of the file follows.
+OWN = "own/"
 PHRASE_KEYS = ("phrases", "phrase", "caption")
 
 
@@ -218,7 +220,7 @@ def _load_jsonl(root: Path, split: str) -> Iterator[AnnotatedImage | Problem]:
                 yield Problem(line.where, str(error))
                 continue
             targets.append(Target(line.target_id, phrases, parts, line.category))
-        yield AnnotatedImage(f"own/{file}", file, height, width, tuple(targets))
+        yield AnnotatedImage(f"{OWN}{file}", file, height, width, tuple(targets))
 
 
 def _encode(root: Path, mask: Any, height: int, width: int) -> tuple[bytes, ...]:
@@ -250,7 +252,7 @@ def _load_coco(root: Path, split: str) -> Iterator[AnnotatedImage | Problem]:
             phrases, problems = _worded(item.phrases, coco.where(annotation))
             yield from problems
             targets.append(dataclasses.replace(item, phrases=phrases))
-        yield AnnotatedImage(f"own/{file}", file, image.height, image.width, tuple(targets))
+        yield AnnotatedImage(f"{OWN}{file}", file, image.height, image.width, tuple(targets))
 
 
 def _coco_target(

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def prepare(
         )
     with reporting(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(directory, names)
+        remove_leftovers(directory, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}", names)
     known = {} if old is None else {shard.file: shard for shard in old.shards}
     done = {
         task.file: shard

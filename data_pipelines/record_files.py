@@ -1,8 +1,9 @@
 """Files of records that appear whole, know what they were made from, and are gone on with.
 
-A command that writes many records makes a few files of them, `NAME-00000-of-00004.array_record`. As
-long as it is under way, each finished file has a `.json` beside it, by which the same command knows
-it when it is started again; a manifest, written last, makes the directory valid as a whole.
+A command that writes many records makes a few files of them, `NAME.array_record`. As long as it is
+under way, or may be asked for more, each finished file has a `.json` beside it, by which the same
+command knows it when it is started again; a manifest, written last, makes the directory valid as a
+whole.
 """
 
 import contextlib
@@ -203,15 +204,18 @@ def remove_sidecars(directory: epath.Path, names: Sequence[str]) -> None:
         _sidecar(directory / name).unlink(missing_ok=True)
 
 
-def remove_leftovers(directory: epath.Path, names: Sequence[str]) -> None:
-    """Removes half-written files, and shards of a run with another number of them.
+def remove_leftovers(directory: epath.Path, pattern: str, names: Sequence[str]) -> None:
+    """Removes half-written files, and shards that are not wanted any more.
 
-    What belongs to a shard has its name with another ending.
+    Args:
+      pattern: of the names of all that the command calls a shard, without their endings; files of
+        other names stay.
+      names: of the shards that are wanted. What belongs to one has its name with another ending.
     """
     kept = {name.removesuffix(".array_record") for name in names}
     for path in directory.iterdir():
-        shard = re.match(r"(.+-\d{5}-of-\d{5})\.", path.name)
-        other = shard and not path.name.startswith(".") and shard[1] not in kept
+        shard = path.name.split(".")[0]
+        other = re.fullmatch(pattern, shard) and shard not in kept
         if other or (path.name.startswith(".") and path.name.endswith(_PARTIAL)):
             path.unlink()
 

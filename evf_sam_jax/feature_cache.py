@@ -6,7 +6,8 @@
 An image that no augmentation changes has the same features in each epoch, and computing them is
 most of a training step. Each picture of the mixture is encoded once, over all devices and
 processes; of processes, each writes files of its own to the directory, which they share. Started
-again, the command goes on with the files that are missing.
+again, the command reads what finished files are of, and writes those that are missing, damaged, or
+of pictures that have changed since.
 
 Features are those of one segmenter: training compares the fingerprint of its own parameters, sizes
 and dtypes with theirs, and refuses others. SAM-2's end before the two convolutions that belong to
@@ -46,12 +47,13 @@ from data_pipelines.features import (
     short_keys,
 )
 from data_pipelines.mixture import Mixture
+from data_pipelines.own_data import OWN
 from data_pipelines.record_files import (
+    file_sha256,
     finished_shard,
     is_remote,
     remove_leftovers,
     reporting,
-    shard_name,
     whole_file,
     write_shard,
     write_text,
@@ -66,6 +68,7 @@ from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models.evf_sam import EvfSamConfig, encode_image, param_shapes
 from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.param_rules import Params
+from evf_sam_jax.processes import on_first_process
 from evf_sam_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from evf_sam_jax.stage import cast_when_frozen, never_trained, on_devices
 from evf_sam_jax.training_data import TrainingData, open_data
@@ -80,6 +83,8 @@ _WITHOUT_EFFECT = ("remat", "encoder_chunk")
 Frame = tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]
 # An index of the mixture, with the key of the image and its frame, or why it cannot be read.
 Read = tuple[int, bytes, Frame | None, str]
+# All that is written to a directory but its manifest: shards, with their endings.
+_SHARDS = "features-[^.]+"
 
 
 def cache_features(config: ExperimentConfig, directory: str | os.PathLike) -> FeatureManifest:
@@ -100,18 +105,19 @@ def write_features(
     """Writes the features of each picture of the mixture, or what is missing.
 
     Raises:
-      UserError: a stage trains the image encoder, or the directory cannot be written, or holds
-        features of another segmenter.
+      UserError: a stage trains the image encoder, there are no images, or the directory cannot be
+        written, holds features of another segmenter, or something else.
     """
     if is_remote(directory):
         raise UserError(f"--workdir: expected a local or mounted directory, found {directory}")
     finished = ends_finished(config)
     rows = distinct_images(mixture)
+    count = sum(map(len, rows))
     mesh = make_mesh(MeshConfig(data=len(jax.local_devices())), jax.local_devices())
     layout = feature_layout(config.model, config.feature_cache.dtype, finished)
     if jax.process_index() == 0:
-        size, total = layout.record_bytes / 1e6, len(rows) * layout.record_bytes / 1e9
-        print(f"{len(rows):,} images, {size:.3g} MB each: {total:.3g} GB", flush=True)
+        size, total = layout.record_bytes / 1e6, count * layout.record_bytes / 1e9
+        print(f"{count:,} images, {size:.3g} MB each: {total:.3g} GB", flush=True)
     params = initial_params(
         config,
         dict.fromkeys(_encoder_paths(config), replicated(mesh)),
@@ -121,12 +127,12 @@ def write_features(
     fingerprint = features_fingerprint(config.model, params, finished)
     tasks = _tasks(mixture, rows, layout, fingerprint, config.feature_cache.images_a_file)
     folder = epath.Path(directory)
-    _prepare_directory(folder, tasks, layout, fingerprint, len(rows))
+    on_first_process(lambda: _prepare_directory(folder, tasks, layout, fingerprint), folder)
     mine = tasks[jax.process_index() :: jax.process_count()]
     with jax.set_mesh(mesh), tqdm(total=sum(len(task.rows) for task in mine), unit="image") as bar:
         encode = _make_encode(config, mesh, params, layout)
         for task in mine:
-            if finished_shard(folder, task.file, task.fingerprint) is None:
+            if not _is_finished(folder, task, mixture):
                 _write_task(folder, task, mixture, tower_images(config.model), encode, layout)
             bar.update(len(task.rows))
     if jax.process_count() > 1:
@@ -248,17 +254,21 @@ def features_fingerprint(config: EvfSamConfig, params: Params, finished: bool) -
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def distinct_images(mixture: Mixture) -> list[int]:
-    """Indices of the mixture, each picture once where data sets name their pictures alike."""
+def distinct_images(mixture: Mixture) -> list[list[int]]:
+    """Of each source its indices of the mixture, each picture once where sources name it alike."""
     rows, seen, begin = [], set(), 0
     for source in mixture.sources:
+        own = []
         for row in range(len(source)):
             if isinstance(source, IndexedSource):
                 name = source.index.image_id(int(source.images[row]))
                 if name in seen:
                     continue
-                seen.add(name)
-            rows.append(begin + row)
+                # One's own pictures are named after their files, and every folder has a 1.jpg.
+                if not name.startswith(OWN):
+                    seen.add(name)
+            own.append(begin + row)
+        rows.append(own)
         begin += len(source)
     return rows
 
@@ -273,40 +283,70 @@ class _Task:
 
 
 def _tasks(
-    mixture: Mixture, rows: Sequence[int], layout: Layout, fingerprint: str, images_a_file: int
+    mixture: Mixture,
+    rows: Sequence[Sequence[int]],
+    layout: Layout,
+    fingerprint: str,
+    images_a_file: int,
 ) -> list[_Task]:
-    count = -(-len(rows) // images_a_file)
-    bounds = [i * len(rows) // count for i in range(count + 1)]
-    tasks = []
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        own = rows[begin:end]
-        names = "\0".join(mixture.describe(row) for row in own)
-        digest = hashlib.sha256(f"{layout}\0{fingerprint}\0{names}".encode()).hexdigest()[:16]
-        tasks.append(_Task(shard_name("features", i, count), own, digest))
-    return tasks
+    """Files are of one source each and named after their images, so that more of them add some."""
+    tasks: dict[str, _Task] = {}
+    for source in rows:
+        for begin in range(0, len(source), images_a_file):
+            own = source[begin : begin + images_a_file]
+            names = "\0".join(mixture.describe(row) for row in own)
+            text, digest = f"{layout}\0{fingerprint}\0{names}", ""
+            while not digest or digest in tasks:  # as of two sources that are named alike
+                text += "\0"
+                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            tasks[digest] = _Task(f"features-{digest}.array_record", own, digest)
+    return list(tasks.values())
 
 
 def _prepare_directory(
-    folder: epath.Path, tasks: Sequence[_Task], layout: Layout, fingerprint: str, images: int
+    folder: epath.Path, tasks: Sequence[_Task], layout: Layout, fingerprint: str
 ) -> None:
-    """Makes the directory, or looks whether it is to be gone on with. The first process does it."""
+    """Makes the directory, or looks whether it is to be gone on with."""
+    if not tasks:
+        raise UserError("config.data: expected images to train on, found none")
     found = read_feature_manifest(folder)
     if found is not None and (found.fingerprint, found.layout) != (fingerprint, layout):
         raise UserError(
             f"--workdir: expected nothing, or features of the same segmenter and dtype, found "
             f"others in {folder}; remove it first"
         )
-    if jax.process_index() == 0:
-        with reporting(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        done = [task for task in tasks if finished_shard(folder, task.file, task.fingerprint)]
-        images -= sum(len(task.rows) for task in done)
-        require_space(Path(folder) / "features-*", images * layout.record_bytes)
-        if len(done) < len(tasks):
-            (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
-        remove_leftovers(folder, [task.file for task in tasks])
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the directory is there")
+    with reporting(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if not re.fullmatch(rf"{_SHARDS}\..+|{MANIFEST}|\..+", name):
+            raise UserError(
+                f"--workdir: expected a new directory, or one of features, found {name} in {folder}"
+            )
+    missing = [
+        task for task in tasks if finished_shard(folder, task.file, task.fingerprint) is None
+    ]
+    images = sum(len(task.rows) for task in missing)
+    require_space(Path(folder) / "features-*", images * layout.record_bytes)
+    with reporting(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
+        remove_leftovers(folder, _SHARDS, [task.file for task in tasks])
+
+
+def _is_finished(folder: epath.Path, task: _Task, mixture: Mixture) -> bool:
+    """Whether the file is there, undamaged, and its pictures are still those it is of."""
+    shard = finished_shard(folder, task.file, task.fingerprint)
+    if shard is None or file_sha256(Path(folder / task.file)) != shard.sha256:
+        return False
+    try:
+        stored = np.load(folder / keys_name(task.file))
+    except (OSError, ValueError, EOFError):
+        return False
+    with ThreadPoolExecutor(_threads()) as pool:
+        keys = list(pool.map(lambda row: _read(mixture, row)[1], task.rows))
+    unreadable = [row for row, key in zip(task.rows, keys, strict=True) if not key]
+    readable = short_keys([key for key in keys if key])
+    return unreadable == [row for row, _ in shard.left_out] and np.array_equal(stored, readable)
 
 
 def _write_task(
@@ -351,14 +391,11 @@ def _encoded(
     """
 
     def read(row: int) -> Read:
-        try:
-            image = mixture.read(row, ()).image
-        except UserError as error:
-            return row, b"", None, str(error)
-        return row, image_key(image), images.segmenter(image), ""
+        image, key, reason = _read(mixture, row)
+        return row, key, None if image is None else images.segmenter(image), reason
 
     def groups() -> Iterator[tuple[list[Read], Any]]:
-        with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             for begin in range(0, len(rows), encode.batch_size):
                 group = list(pool.map(read, rows[begin : begin + encode.batch_size]))
                 frames = [one[2] for one in group if one[2] is not None]
@@ -371,6 +408,20 @@ def _encoded(
             yield from _split(*pending.popleft())
     for item in pending:
         yield from _split(*item)
+
+
+def _read(mixture: Mixture, row: int) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bytes, str]:
+    """An image and its key, or why it cannot be read."""
+    try:
+        image = mixture.read(row, ()).image
+    except UserError as error:
+        return None, b"", str(error)
+    return image, image_key(image), ""
+
+
+def _threads() -> int:
+    """That read images."""
+    return max(2, (os.cpu_count() or 2) // 2)
 
 
 def _split(group: Sequence[Read], features: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from data_pipelines.batch import Batch
 from data_pipelines.features import FeatureStore, keys_name
 from data_pipelines.mixture import Mixture
+from data_pipelines.own_data import DATASETS
 from data_pipelines.record_files import Shard
 from data_pipelines.shapes import SHAPES_TOKENIZER, ShapesSource
 from data_pipelines.source import IndexedSource, LooseFiles
@@ -38,6 +40,7 @@ from evf_sam_jax.sharding import make_mesh
 from evf_sam_jax.stage import make_stage
 from evf_sam_jax.train_step import make_loss
 from evf_sam_jax.training_data import TrainingData
+from tests.data_pipelines.astronaut import write_astronaut
 from tests.data_pipelines.tiny_dataset import TinyDataset
 from tests.evf_sam_jax.test_processes import ROOT, flag_arguments, free_port
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, REFERRING
@@ -212,14 +215,66 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_more_images_are_added_to_a_directory(tmp_path: Path):
-    write_features(SAM, mixture(3), tmp_path / "features")
+    written = write_features(SAM, mixture(3), tmp_path / "features")
+    (before,) = (tmp_path / "features" / shard.file for shard in written.shards)
+    when = before.stat().st_mtime_ns
     manifest = write_features(SAM, mixture(6), tmp_path / "features")
     assert manifest.images == 6
+    assert before.stat().st_mtime_ns == when
     files = {path.name for path in (tmp_path / "features").iterdir()}
     shards = {shard.file for shard in manifest.shards}
     assert {name for name in files if name.endswith(".array_record")} == shards
     assert {name for name in files if name.endswith(".npy")} == set(map(keys_name, shards))
     assert len(files) == 1 + 3 * len(shards)  # each has its fingerprint beside it
+
+
+def first_shard(directory: Path) -> Path:
+    return directory / FeatureStore(directory).manifest.shards[0].file
+
+
+def flip_a_bit(directory: Path) -> None:
+    path = first_shard(directory)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a record": flip_a_bit,
+    "a file": lambda directory: first_shard(directory).unlink(),
+    "keys": lambda directory: (directory / keys_name(first_shard(directory).name)).unlink(),
+    "manifest": lambda directory: (directory / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_the_command_mends_what_is_damaged(what: str, sam_features: Path, tmp_path: Path):
+    directory = tmp_path / "features"
+    shutil.copytree(sam_features, directory)
+    DAMAGES[what](directory)
+    write_features(SAM, mixture(), directory)
+    found, expected = FeatureStore(directory), FeatureStore(sam_features)
+    for row in range(IMAGES):
+        image = mixture().read(row, ()).image
+        for one, other in zip(found.read(image), expected.read(image), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_pictures_that_have_changed_are_computed_anew(sam_features: Path, tmp_path: Path):
+    directory = tmp_path / "features"
+    shutil.copytree(sam_features, directory)
+    other = dataclasses.replace(EXPERIMENT.data.shapes, seed=7)  # the same names, other pictures
+    changed = Mixture((ShapesSource("train", other, IMAGES),), (1.0,))
+    write_features(SAM, changed, directory)
+    FeatureStore(directory).read(changed.read(0, ()).image)
+
+
+def test_a_directory_of_something_else_is_left_as_it_is(tmp_path: Path):
+    for name in ("model-00001-of-00002.safetensors", "train-00000-of-00002.array_record"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="--workdir: expected a new directory, or one of features"):
+        write_features(SAM, mixture(), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_features_that_are_not_finite_are_not_stored(tmp_path: Path):
@@ -249,9 +304,22 @@ def test_each_picture_is_computed_once(tmp_path: Path):
         tiny.dataset(name).source(tmp_path, split) for name, split in (("a", "train"), ("b", "val"))
     ]
     both = Mixture(tuple(sources), (1.0, 1.0))
-    assert distinct_images(both) == [0, 1, 2, 3]
+    assert distinct_images(both) == [[0, 1, 2, 3], []]
     shapes = mixture(2).sources[0]
-    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [0, 1, 2, 3, 4, 5]
+    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [
+        [0, 1],
+        [2, 3, 4, 5],
+        [],
+    ]
+
+
+def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tmp_path: Path):
+    sources = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_astronaut(tmp_path / name, "train")
+        sources.append(DATASETS[0].source(tmp_path / name, "train"))
+    assert distinct_images(Mixture(tuple(sources), (1.0, 1.0))) == [[0], [1]]
 
 
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
