@@ -137,6 +137,8 @@ def run_stage(
     ):
         restored = checkpoints.restore(stage.shapes, log.line)
         state = stage.create(_placed(stage, params)) if restored is None else restored
+        if data.features is not None:
+            check_fingerprint(experiment, data.features, merge(state.trainable, state.frozen))
         if restored is None:
             checkpoints.save_frozen(state)
             checkpoints.save(0, state)
@@ -146,8 +148,6 @@ def run_stage(
         log.forget_after(names[names.index(name) :], start)
         skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
         check_placement(state, stage.placement)
-        if data.features is not None:
-            check_fingerprint(experiment, data.features, merge(state.trainable, state.frozen))
         _describe(stage, state, start, log)
         count_step = make_count_step(stage.model, stage.prompts, mesh)
         rows = eval_rows(data.held_out, data.phrases)
