@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from evf_sam_jax.models.evf_sam import EvfSamConfig
+from evf_sam_jax.models.target import Target, compiled_for
 from evf_sam_jax.param_rules import Params
 
 # Dense products in bfloat16 with float32 sums, in operations a second of one JAX device, by the
@@ -48,13 +49,16 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     with, do not count: so each of its two gradients costs what it costs itself.
 
     A `scan` counts as often as it is long. Of a `cond` the most expensive branch counts. A
-    `while_loop` counts as one pass, since how many there are is unknown before it runs. Kernels
-    that are no equations to JAX, such as cuDNN's attention, count nothing.
+    `while_loop` counts as one pass, since how many there are is unknown before it runs.
+
+    It is traced as for a CPU, whatever the devices: a kernel is no equation to JAX and would count
+    nothing, and what is folded or padded for it is not the model's.
 
     Args:
       args: trees of arrays or of `jax.ShapeDtypeStruct`.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args))
+    with compiled_for(Target("cpu", fused=False)):
+        return _jaxpr_flops(jax.make_jaxpr(function)(*args))
 
 
 def step_flops(

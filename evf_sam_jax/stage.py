@@ -20,7 +20,6 @@ from evf_sam_jax.experiment import ExperimentConfig, StageConfig
 from evf_sam_jax.flops import step_flops, without_remat
 from evf_sam_jax.model_dir import nest, path_leaves
 from evf_sam_jax.models.evf_sam import MATRICES, EvfSamConfig, param_shapes
-from evf_sam_jax.models.target import Target, compiled_for
 from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.sharding import Placement, check_batch_size, place, process_rows, replicated
@@ -92,11 +91,9 @@ class Stage:
         model = without_remat(self.model)
         loss = make_loss(model, self.prompts, self.config.loss)
         phrases = jax.ShapeDtypeStruct((), "float32")
-        # Of a kernel nothing is counted, and positions that are folded for it are not the model's.
-        with compiled_for(Target("cpu", fused=False)):
-            return step_flops(
-                loss, self.shapes.trainable, self.shapes.frozen, batch, phrases, has_aux=True
-            )
+        return step_flops(
+            loss, self.shapes.trainable, self.shapes.frozen, batch, phrases, has_aux=True
+        )
 
     def batches(
         self, data: TrainingData, tokenizer: Tokenizer, whole: bool = False
