@@ -10,6 +10,10 @@ from absl import flags, logging
 from data_pipelines.index import user_cache
 from evf_sam_jax.errors import UserError
 
+# Seconds of compiling from which a program is kept. jax's own limit of one would leave out SAM
+# ViT-H's encoder, which is scanned, on many a machine.
+WORTH_KEEPING = 0.1
+
 
 def define_flag() -> None:
     """The flag that says where."""
@@ -21,7 +25,7 @@ def define_flag() -> None:
 
 
 def keep_compiled() -> None:
-    """Keeps what is compiled where the flag says.
+    """Keeps what takes `WORTH_KEEPING` to compile where the flag says.
 
     Without the flag, a directory that jax has already stays, such as JAX_COMPILATION_CACHE_DIR's,
     and none is kept where the user's own cannot be written, which is logged.
@@ -40,6 +44,8 @@ def keep_compiled() -> None:
         logging.warning("%s; compiled programs are not kept", said)
         directory = None
     jax.config.update("jax_compilation_cache_dir", directory)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 def _unusable(directory: str) -> str | None:

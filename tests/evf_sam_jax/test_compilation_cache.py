@@ -17,6 +17,7 @@ from evf_sam_jax.errors import run_app
 def main(argv):
     compilation_cache.keep_compiled()
     print("kept in:", jax.config.jax_compilation_cache_dir)
+    print("from:", jax.config.jax_persistent_cache_min_compile_time_secs)
 
 compilation_cache.define_flag()
 run_app(main)
@@ -46,7 +47,16 @@ def test_the_flag_goes_before_jaxs_own_setting(
 ):
     flags = [] if flag is None else [f"--compilation_cache={flag.format(users=tmp_path)}"]
     done = run(str(tmp_path), of_jax, *flags)
-    assert done.stdout == f"kept in: {expected.format(users=tmp_path)}\n", done.stderr
+    assert done.stdout.splitlines()[0] == f"kept in: {expected.format(users=tmp_path)}", done.stderr
+
+
+@pytest.mark.parametrize(("of_jax", "expected"), [(None, "0.1"), ("3", "3.0")])
+def test_what_compiles_within_a_second_is_kept_too_unless_jax_is_told_otherwise(
+    of_jax: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if of_jax is not None:
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", of_jax)
+    assert run(str(tmp_path), None).stdout.splitlines()[1] == f"from: {expected}"
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path):
@@ -57,7 +67,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path):
     assert given.returncode == 2
     assert given.stderr == f"error: {said}compiled: Not a directory\n"
     own = run(str(file), None)
-    assert own.stdout == "kept in: None\n"
+    assert own.stdout.splitlines()[0] == "kept in: None"
     assert (
         f"{said}evf_sam_jax/compiled: Not a directory; compiled programs are not kept" in own.stderr
     )
