@@ -5,9 +5,10 @@
     python -m benchmarks.cached_step --phrases 1
 
 BEiT-3-L and SAM ViT-H of random weights in float32, on images and phrases of the embedded data set:
-by turns with images and with the features that were computed of them before. Of BEiT-3's layers the
-backward pass recomputes what is cheap (`remat="dots"`), which on a CPU costs less than to write and
-read it. The update, which both share, is timed apart. Beside the ratio of times is that of
+by turns with images and with the features that were computed of them before, both in memory: what
+the host does for a batch is no part of either. Masks are of 128 x 128 pixels. Of BEiT-3's layers
+the backward pass recomputes what is cheap (`remat="dots"`), which on a CPU costs less than to write
+and read it. The update, which both share, is timed apart. Beside the ratio of times is that of
 operations, as `evf_sam_jax.flops` counts them: without what is recomputed.
 """
 

@@ -182,6 +182,7 @@ def main() -> None:
         reader = make_reader(model, one, options.batch_size)
         first = put_on_device(model, rounds_of_first_step(reader))
         calls(model, first)  # compiles
+        whole_job(model, one, options.batch_size, root / "untimed")
         count, roof = operations(model, first), roofline.measure("float32")
         for repeat in range(options.repeats):
             number = len(reader.steps)
