@@ -7,7 +7,8 @@ BEiT-3-L and SAM ViT-H in float32 on the CPU, forward and backward pass of the s
 and masks: `segment-anything`'s and torchscale's modules put together and trained as hustvl/EVF-SAM
 describes it, which encodes every image anew, and our step on stored features. PyTorch's takes an
 image with its phrases at a time, whose gradients add up. Each is measured in child processes of its
-own, by turns. The update, clipping and AdamW, is timed apart.
+own, by turns. The update, clipping and AdamW, is timed apart. Operations are those of our model,
+with features read, and for PyTorch with features computed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Callable
 import jax
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, roofline
 from benchmarks.alternation import print_times
 from benchmarks.cached_step import Steps, experiment, read_batch, update_seconds
 from data_pipelines.batch import Batch
@@ -46,7 +47,8 @@ def ours(batch: Batch) -> dict[str, list[float]]:
     steps = Steps(experiment(), batch)
     steps.run(steps.cached)  # compiles
     found = measure(lambda: steps.run(steps.cached))
-    return {"step": found, "update": update_seconds(steps)[:UPDATES]}
+    operations = [float(steps.flops(each)) for each in (steps.cached, steps.given)]
+    return {"step": found, "operations": operations, "update": update_seconds(steps)[:UPDATES]}
 
 
 def row(batch: Batch, i: int) -> Batch:
@@ -169,18 +171,24 @@ def main() -> None:
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"step": [], "update": []} for name in CHILDREN
     }
+    operations: dict[str, float] = {}
     for _ in range(options.rounds):
         for name, found in seconds.items():
-            for what, measured in in_a_process(name, options).items():
-                found[what] += measured
+            measured = in_a_process(name, options)
+            if counted := measured.pop("operations", None):
+                operations = dict(zip(CHILDREN, counted, strict=True))
+            for what, those in measured.items():
+                found[what] += those
+    roof = roofline.measure("float32")
     print(environment.describe("segment-anything", "torchscale"))
+    print(f"float32: {roof}")
     print(
         f"{options.images} images of {options.phrases} phrases, {options.rounds} processes each\n"
     )
-    for what, title in (("step", "forward and backward pass"), ("update", "the update apart")):
-        print(f"{title}:\n")
-        print_times({name: found[what] for name, found in seconds.items()})
-        print()
+    print("forward and backward pass:\n")
+    print_times({name: found["step"] for name, found in seconds.items()}, operations, roof)
+    print("\nthe update apart:\n")
+    print_times({name: found["update"] for name, found in seconds.items()})
 
 
 def in_a_process(name: str, options: argparse.Namespace) -> dict[str, list[float]]:
