@@ -325,13 +325,17 @@ def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tm
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     tiny = TinyDataset(4)
     tiny.write(tmp_path)
-    (tmp_path / "images" / "00001.png").write_bytes(b"no picture")
+    image = tmp_path / "images" / "00001.png"
+    content = image.read_bytes()
+    image.write_bytes(b"no picture")
     source = tiny.dataset().source(tmp_path, "train")
     assert isinstance(source, IndexedSource) and isinstance(source.store, LooseFiles)
     manifest = write_features(SAM, Mixture((source,), (1.0,)), tmp_path / "features")
     assert manifest.images == 3
     [(row, reason)] = [pair for shard in manifest.shards for pair in shard.left_out]
     assert row == 1 and "00001.png" in reason
+    image.write_bytes(content)  # it can be read again
+    assert write_features(SAM, Mixture((source,), (1.0,)), tmp_path / "features").images == 4
 
 
 def test_an_image_without_features_is_skipped_and_counted(sam_features: Path):
