@@ -233,6 +233,7 @@ def test_values_can_be_changed_on_the_command_line(full_size: Path, tmp_path: Pa
     trainable = '--config.stages.refer.trainable=(("nothing/.*", True), (".*", False))'
     command = [sys.executable, "-m", "evf_sam_jax.main", "--config", config, trainable]
     command += ["--workdir", str(tmp_path / "run"), "--config.data.train[0].weight=2"]
+    command += ["--compilation_cache="]  # not the user's
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith("the rule 'nothing/.*' matches no parameter\n")
