@@ -336,11 +336,14 @@ def _prepare_directory(
 def _is_finished(folder: epath.Path, task: _Task, mixture: Mixture) -> bool:
     """Whether the file is there, undamaged, and its pictures are still those it is of."""
     shard = finished_shard(folder, task.file, task.fingerprint)
-    if shard is None or file_sha256(Path(folder / task.file)) != shard.sha256:
+    if shard is None:
         return False
     try:
+        checksum = file_sha256(Path(folder / task.file))
         stored = np.load(folder / keys_name(task.file))
     except (OSError, ValueError, EOFError):
+        return False
+    if checksum != shard.sha256:
         return False
     with ThreadPoolExecutor(_threads()) as pool:
         keys = list(pool.map(lambda row: _read(mixture, row)[1], task.rows))
