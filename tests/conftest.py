@@ -70,7 +70,7 @@ LONG_FILES = (
     "evf_sam_jax/test_train.py",
     "evf_sam_jax/test_predictor.py",
     "evf_sam_jax/test_train_step.py",
-    "evf_sam_jax/test_resume.py",  # of what test_train.py has compiled
+    "evf_sam_jax/test_resume.py",  # finds compiled what test_train.py has trained
     "evf_sam_jax/test_feature_cache.py",
     "evf_sam_jax/test_sharding.py",
     "evf_sam_jax/models/test_sam.py",

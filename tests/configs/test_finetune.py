@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs.finetune import get_config
 from data_pipelines.datasets import find_dataset
 from data_pipelines.prepare import prepare
 from data_pipelines.shapes import SHAPES_TOKENIZER
+from evf_sam_jax.checkpoints import is_begun
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import DatasetConfig, experiment_from_dict
 from evf_sam_jax.feature_cache import cache_features
@@ -101,11 +103,12 @@ def test_features_that_were_cached_train_as_the_photograph(
         losses.append([loss for loss in found if loss is not None])
     assert len(losses[0]) == 3
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    # Of another encoder, they are refused before the first step.
+    # Of another encoder, they are refused before the first checkpoint.
     values.unlock()
     values.model = {"segmenter": {"dtype": "bfloat16"}}
     with pytest.raises(UserError, match="expected features of this run's segmenter"):
         train(experiment_from_dict(values.to_dict()), tmp_path / "other")
+    assert not is_begun(epath.Path(tmp_path / "other"), "finetune")
 
 
 @pytest.mark.slow
@@ -172,6 +175,7 @@ def test_held_out_images_that_cannot_be_read_do_not_cost_the_model(directories, 
 # Without the type checks of the tests, which would speak before the configuration does.
 REFUSALS = """
 import json, sys
+from evf_sam_jax.checkpoints import is_begun
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import experiment_from_dict
 from evf_sam_jax.training_data import open_source

@@ -18,6 +18,7 @@ from evf_sam_jax.flops import count_flops, peak_flops, step_flops, without_remat
 from evf_sam_jax.losses import bce_and_dice
 from evf_sam_jax.models import attention
 from evf_sam_jax.models.evf_sam import EvfSamConfig, param_shapes
+from evf_sam_jax.models.target import Target, compiled_for
 from evf_sam_jax.param_rules import Params, merge, split
 from evf_sam_jax.train_state import create_state
 from evf_sam_jax.train_step import LossWeights, make_train_step, predict_masks
@@ -207,6 +208,19 @@ def test_attention_costs_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch):
     attend_square = functools.partial(attention.attend_square, scale=1.0)
     assert "scan" in str(jax.make_jaxpr(attend_square)(x, x, x, bias, bias)), "one tile only"
     assert count_flops(attend_square, x, x, x, bias, bias) == 2 * 2 * n * tokens * tokens * d
+
+
+def test_attention_by_a_kernel_counts_as_without_one(monkeypatch: pytest.MonkeyPatch):
+    n, side, d = 2, 16, 8
+    tokens = side * side
+    monkeypatch.setattr(attention, "FUSED_TOKENS", tokens)
+    x = jax.ShapeDtypeStruct((n, tokens, d), "bfloat16")
+    bias = jax.ShapeDtypeStruct((n, tokens, side), "bfloat16")
+    attend_square = functools.partial(attention.attend_square, scale=1.0)
+    with compiled_for(Target("tpu")):
+        kernel = jax.make_jaxpr(lambda *given: attend_square(*given))(x, x, x, bias, bias)
+        assert "pallas_call" in str(kernel)
+        assert count_flops(attend_square, x, x, x, bias, bias) == 2 * 2 * n * tokens * tokens * d
 
 
 def test_the_compiler_counts_the_same_where_products_dominate():
