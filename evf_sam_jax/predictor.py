@@ -207,6 +207,8 @@ class Predictor:
         self.images = model_inputs.tower_images(config, antialias)
         self.params = jax.device_put(params)
         self.tokenizer = tokenizer
+        # Of parameters only, and a part of decoding a prompt that can be seen.
+        self._positions = _dense_positions(config, {"segmenter": self.params["segmenter"]})
 
     @classmethod
     def load(
@@ -595,6 +597,7 @@ class Predictor:
             _decode,
             self.config,
             {"segmenter": self.params["segmenter"]},
+            self._positions,
             [(image.features.embedding, *image.features.high_res) for image in images],
             jax.device_put(asked),
             multimask=multimask,
@@ -630,6 +633,7 @@ class Predictor:
 _compiled = functools.partial(jax.jit, static_argnames="config")
 
 _attention = _compiled(evf_sam.image_cls_attention)
+_dense_positions = _compiled(evf_sam.dense_positions)
 
 
 @_compiled
@@ -661,13 +665,15 @@ def _encode_phrases(
 def _decode(
     config: evf_sam.EvfSamConfig,
     params: evf_sam.Params,
+    positions: Float[Array, "g g c"],
     features: list[tuple[Array, ...]],
     prompts: dict[str, Array],
     multimask: bool,
 ) -> tuple[Array, Array]:
     embedding, *high_res = (jnp.concatenate(rows) for rows in zip(*features, strict=True))
     stacked = ImageFeatures(embedding, tuple(high_res))
-    found = evf_sam.decode(config, params, stacked, Prompts(**prompts), multimask)
+    asked = Prompts(**prompts)
+    found = evf_sam.decode(config, params, stacked, asked, multimask, positions=positions)
     return found.low_res_logits, found.iou
 
 

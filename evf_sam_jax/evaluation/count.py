@@ -115,7 +115,8 @@ class EvaluatedModel:
         text_valid: Bool[np.ndarray, "n k l"],
     ) -> tuple[Float[Array, "n k l l"], Float[Array, "n k"]]:
         """Low-resolution logits of phrases, and the model's own estimate of their IoU."""
-        return self._decode(self._params, features, encoder_image, *self.put(text_ids, text_valid))
+        text = self.put(text_ids, text_valid)
+        return self._decode(self._decoding, features, encoder_image, *text)
 
     def count(
         self,
@@ -131,8 +132,15 @@ class EvaluatedModel:
         """Arrays on the devices, split by rows."""
         return jax.device_put(list(arrays), self._rows)
 
-    def _place(self, params: Params) -> Params:
-        return jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+    @functools.cached_property
+    def _decoding(self) -> tuple[Params, Float[Array, "g g c"]]:
+        """What decoding takes whatever the phrases."""
+        positions = jax.jit(functools.partial(evf_sam.dense_positions, self.config))(self._params)
+        return self._params, self._place(positions)
+
+    def _place(self, arrays: Any) -> Any:
+        """On all devices, whole."""
+        return jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
 
     def _compiled(self, function: Any, params: bool) -> Any:
         def call(*arguments: Any) -> Any:
@@ -204,12 +212,14 @@ def _encode(
 
 def _decode(
     config: evf_sam.EvfSamConfig,
-    params: Params,
+    decoding: tuple[Params, Float[Array, "g g c"]],
     features: ImageFeatures,
     encoder_image: Float[Array, "n h w _"],
     text_ids: Int[Array, "n k l"],
     text_valid: Bool[Array, "n k l"],
 ) -> tuple[Float[Array, "n k l l"], Float[Array, "n k"]]:
+    params, positions = decoding
     text = evf_sam.encode_phrases(config, params, encoder_image, text_ids, text_valid)
-    prediction = evf_sam.decode(config, params, features, Prompts(text=text), multimask=False)
+    prompts = Prompts(text=text)
+    prediction = evf_sam.decode(config, params, features, prompts, positions=positions)
     return prediction.low_res_logits[:, :, 0].astype(jnp.float32), prediction.iou[:, :, 0]

@@ -153,8 +153,11 @@ class EvfSam(nn.Module):
         valid = inside[..., 0] > 0.5 if inside.shape[-1] else None
         return self.projector(self.encoder(pixels, text_ids, text_valid, valid))
 
-    def decode(self, features, prompts, multimask, train) -> MaskPrediction:
-        return self.segmenter.decode(features, prompts, multimask, train)
+    def dense_positions(self) -> Float[Array, "g g c"]:
+        return self.segmenter.dense_positions()
+
+    def decode(self, features, prompts, multimask, train, positions=None) -> MaskPrediction:
+        return self.segmenter.decode(features, prompts, multimask, train, positions)
 
     def touch_all_parameters(self) -> None:
         """Reaches every parameter once, so that initialisation creates all of them."""
@@ -292,6 +295,14 @@ def image_cls_attention(
     return attention(config.encoder, params["encoder"], encoder_image, text_ids, text_valid)
 
 
+def dense_positions(config: EvfSamConfig, params: Params) -> Float[Array, "g g c"]:
+    """Returns the positional encodings of the features' cells. Uses params["segmenter"].
+
+    They depend on no image and no prompt: whoever decodes often computes them once.
+    """
+    return _apply(config, params, EvfSam.dense_positions)
+
+
 def decode(
     config: EvfSamConfig,
     params: Params,
@@ -299,6 +310,7 @@ def decode(
     prompts: Prompts,
     multimask: bool = False,
     train: bool = False,
+    positions: Float[Array, "g g c"] | None = None,
 ) -> MaskPrediction:
     """Decodes k prompts of each image. Uses params["segmenter"].
 
@@ -307,5 +319,6 @@ def decode(
       prompts: any combination of text, points, boxes and masks.
       multimask: three alternatives a prompt instead of one mask.
       train: whether the mask is to be learnt from: some segmenters choose it otherwise then.
+      positions: from `dense_positions`; None: computed with the rest.
     """
-    return _apply(config, params, EvfSam.decode, features, prompts, multimask, train)
+    return _apply(config, params, EvfSam.decode, features, prompts, multimask, train, positions)

@@ -123,9 +123,10 @@ class SegmenterConfig(Protocol):
     """The configuration of a promptable segmenter, a frozen dataclass.
 
     Its module is `Module(config, profile)` with `encode_image(image uint8 [b,s,s,3], size [b,2]) ->
-    ImageFeatures`, `finish(ImageFeatures) -> ImageFeatures` and `decode(features, prompts,
-    multimask, train) -> MaskPrediction`. `decode` takes what `finish` makes of what `encode_image`
-    returns, which is as far as features can be cached where `finish` is trained.
+    ImageFeatures`, `finish(ImageFeatures) -> ImageFeatures`, `dense_positions() -> [g,g,c]` and
+    `decode(features, prompts, multimask, train, positions=None) -> MaskPrediction`. `decode` takes
+    what `finish` makes of what `encode_image` returns, which is as far as features can be cached
+    where `finish` is trained; and what `dense_positions` returns, or computes it itself.
 
     Attributes:
       family: its name in `families.SEGMENTERS`.

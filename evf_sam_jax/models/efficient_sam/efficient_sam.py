@@ -10,7 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.efficient_sam.efficient_sam_decoder import MaskDecoder, PromptEncoder
@@ -42,8 +42,17 @@ class EfficientSam(nn.Module):
         """Leaves features as they are: nothing is left to be done."""
         return features
 
+    def dense_positions(self) -> Float[Array, "g g c"]:
+        """Returns the positional encoding of every cell of the image embedding."""
+        return self.prompt_encoder.dense_positions()
+
     def decode(
-        self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool = False
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        multimask: bool,
+        train: bool,
+        positions: Float[Array, "g g c"] | None = None,
     ) -> MaskPrediction:
         """Decodes k prompts of each of b images, in training as ever."""
         tokens, valid = self.prompt_encoder(prompts)
@@ -51,7 +60,7 @@ class EfficientSam(nn.Module):
         image = features.embedding.astype(jnp.float32)
         logits, iou = self.mask_decoder(
             split_by_batch(jnp.repeat(image, k, axis=0)),
-            self.prompt_encoder.dense_positions(),
+            self.dense_positions() if positions is None else positions,
             split_by_batch(tokens.reshape(b * k, *tokens.shape[2:])),
             multimask,
             None if valid is None else valid.reshape(b * k, valid.shape[-1]),

@@ -10,7 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
 from evf_sam_jax.models.layers import gathering, split_by_batch
@@ -43,8 +43,17 @@ class Sam(nn.Module):
         """Leaves features as they are: nothing is left to be done."""
         return features
 
+    def dense_positions(self) -> Float[Array, "g g c"]:
+        """Returns the positional encoding of every cell of the image embedding."""
+        return self.prompt_encoder.dense_positions()
+
     def decode(
-        self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        multimask: bool,
+        train: bool,
+        positions: Float[Array, "g g c"] | None = None,
     ) -> MaskPrediction:
         """Decodes k prompts of each of b images, in training as ever."""
         sparse, dense = self.prompt_encoder(prompts)
@@ -53,7 +62,7 @@ class Sam(nn.Module):
         valid = prompts.token_valid
         logits, iou = self.mask_decoder(
             split_by_batch(image.reshape(b * k, *image.shape[2:])),
-            self.prompt_encoder.dense_positions(),
+            self.dense_positions() if positions is None else positions,
             split_by_batch(sparse.reshape(b * k, *sparse.shape[2:])),
             multimask,
             None if valid is None else valid.reshape(b * k, valid.shape[-1]),

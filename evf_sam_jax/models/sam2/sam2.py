@@ -12,7 +12,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from evf_sam_jax.models.frame import normalize_and_stretch
 from evf_sam_jax.models.interfaces import ImageFeatures, MaskPrediction, Prompts
@@ -52,8 +52,17 @@ class Sam2(nn.Module):
         """Brings finer levels into the decoder's channels, by what the original's decoder has."""
         return self.image_encoder.finish(features)
 
+    def dense_positions(self) -> Float[Array, "g g c"]:
+        """Returns the positional encoding of every cell of the image embedding."""
+        return self.prompt_encoder.dense_positions()
+
     def decode(
-        self, features: ImageFeatures, prompts: Prompts, multimask: bool, train: bool
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        multimask: bool,
+        train: bool,
+        positions: Float[Array, "g g c"] | None = None,
     ) -> MaskPrediction:
         """Decodes k prompts of each of b images.
 
@@ -68,7 +77,7 @@ class Sam2(nn.Module):
         valid = token_valid(prompts)
         logits, iou, object_score = self.mask_decoder(
             split_by_batch(image.reshape(b * k, *image.shape[2:])),
-            self.prompt_encoder.dense_positions(),
+            self.dense_positions() if positions is None else positions,
             features.high_res,
             split_by_batch(sparse.reshape(b * k, *sparse.shape[2:])),
             self._choice(prompts, multimask, train),
