@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.alternation import print_comparison
 from evf_sam_jax.models import fused_attention
-from evf_sam_jax.models.attention import FUSED_WIDTH, attend_square
+from evf_sam_jax.models.attention import FLASH_WIDTH, attend_square, cudnn_width
 from evf_sam_jax.models.target import Target, compiled_for, target_of
 
 
@@ -71,22 +71,22 @@ def ways(target: Target, case: Case, dtype: str) -> dict[str, Callable[..., jax.
             functools.partial(fused_attention.cudnn, implementation="xla"),
             8,
         ),
-        "cudnn": (fused_attention.cudnn, fused_attention.CUDNN_WIDTH),
+        "cudnn": (fused_attention.cudnn, fused_attention.CUDNN_MULTIPLE),
         "flash": (fused_attention.flash, fused_attention.TPU_LANES),
     }
-    half = dtype != "float32"
-    there = {
-        "folded tiles": case.positions,
-        "folded, XLA's attention": True,
-        "cudnn": half and target.capability >= 9,  # before, it has no heads as wide as folded ones
-        "flash": target.backend == "tpu" and fused_attention.flash_block(case.side**2) > 0,
+    blocks = target.backend == "tpu" and fused_attention.flash_block(case.side**2) > 0
+    widest = {
+        "folded tiles": FLASH_WIDTH if case.positions else 0,
+        "folded, XLA's attention": FLASH_WIDTH,
+        "cudnn": cudnn_width(target) if dtype != "float32" else 0,
+        "flash": FLASH_WIDTH if blocks else 0,
     }
     found: dict[str, Callable[..., jax.Array]] = {
         "tiles": functools.partial(attend_square, scale=scale)
     }
     for name, (kernel, multiple) in kernels.items():
         width = fused_attention.folded_width(case.width, side, multiple)
-        if there[name] and width <= FUSED_WIDTH:
+        if width <= widest[name]:
             found[name] = functools.partial(
                 fused_attention.attend_fused, kernel, scale=scale, multiple=multiple
             )

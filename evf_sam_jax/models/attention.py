@@ -10,8 +10,10 @@ products do. So a square of tokens is attended in one of three ways, which `meth
     times as long, and XLA's attention with whole scores 2.7 to 4.1 times (medians of
     `benchmarks/attention.py`). cuDNN takes no float32, and TPUs would round it.
   - cudnn: `fused_attention.cudnn`, positions folded into queries and keys.
-    Where: whole frames in 16 bits, on NVIDIA GPUs from Hopper on, if no wider than 256 with them.
-    Why: scores never leave the chip. Before Hopper, cuDNN takes 128, and ViT-H needs 208.
+    Where: whole frames in 16 bits, on NVIDIA GPUs, if no wider with them than cuDNN takes: 256 from
+    Hopper on; 128 from Ampere on, where SAM's blocks (192, ViT-H's 208) do not fit, but those
+    without positions do, of SAM-2 and EfficientSAM.
+    Why: scores never leave the chip.
   - flash: `fused_attention.flash`, positions folded, widths padded to a TPU's 128 lanes.
     Where: whole frames in 16 bits, on TPUs, if no wider than 256.
     Why: as cudnn; wider rows were not tried.
@@ -47,10 +49,10 @@ TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 SMALL_SCORES = 2**23
 # Kernels attend to at least so many tokens: those of whole frames.
 FUSED_TOKENS = 1024
-# The widest queries and keys of both kernels.
-FUSED_WIDTH = 256
-# The first generation of GPUs whose cuDNN takes that width.
-HOPPER = 9.0
+# The widest queries and keys of a TPU's kernel.
+FLASH_WIDTH = 256
+# Those of cuDNN's, from each generation of GPUs on: Hopper, Ampere.
+CUDNN_WIDTHS = {9.0: 256, 8.0: 128}
 
 # The environment variable that keeps kernels away, where a device does not suit them.
 VARIABLE = "EVF_SAM_ATTENTION"
@@ -79,12 +81,18 @@ def method_of(target: Target, dtype: DTypeLike, tokens: int, width: int, side: i
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if not target.fused or not half or tokens < FUSED_TOKENS:
         return "tiles"
-    cudnn_width = fused_attention.folded_width(width, side, fused_attention.CUDNN_WIDTH)
-    if target.backend == "gpu" and target.capability >= HOPPER and cudnn_width <= FUSED_WIDTH:
-        return "cudnn"
-    flash_width = fused_attention.folded_width(width, side, fused_attention.TPU_LANES)
-    fits = flash_width <= FUSED_WIDTH and fused_attention.flash_block(tokens)
+    if target.backend == "gpu":
+        folded = fused_attention.folded_width(width, side, fused_attention.CUDNN_MULTIPLE)
+        return "cudnn" if folded <= cudnn_width(target) else "tiles"
+    folded = fused_attention.folded_width(width, side, fused_attention.TPU_LANES)
+    fits = folded <= FLASH_WIDTH and fused_attention.flash_block(tokens)
     return "flash" if target.backend == "tpu" and fits else "tiles"
+
+
+def cudnn_width(target: Target) -> int:
+    """Returns the widest queries and keys that cuDNN's kernels take there; 0: it has none."""
+    widths = (width for since, width in CUDNN_WIDTHS.items() if target.capability >= since)
+    return max(widths, default=0)
 
 
 def attend(
@@ -155,7 +163,7 @@ def attend_square(
     side = math.isqrt(tokens) if positions else 0
     match method_of(target, query.dtype, tokens, width, side):
         case "cudnn":
-            kernel, multiple = fused_attention.cudnn, fused_attention.CUDNN_WIDTH
+            kernel, multiple = fused_attention.cudnn, fused_attention.CUDNN_MULTIPLE
         case "flash":
             kernel, multiple = fused_attention.flash, fused_attention.TPU_LANES
         case "tiles":

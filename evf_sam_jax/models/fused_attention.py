@@ -25,7 +25,7 @@ FLASH_BLOCK = 512
 # The last axis of a TPU's registers.
 TPU_LANES = 128
 # cuDNN's kernels want widths in multiples of this.
-CUDNN_WIDTH = 8
+CUDNN_MULTIPLE = 8
 
 
 def attend_fused(

@@ -115,6 +115,9 @@ HOPPER, AMPERE = Target("gpu", capability=9.0), Target("gpu", capability=8.0)
         (HOPPER, "float32", 4096, 80, 64, "tiles"),
         (HOPPER, "bfloat16", 4096, 136, 64, "tiles"),  # 264 wide
         (AMPERE, "bfloat16", 4096, 80, 64, "tiles"),
+        (AMPERE, "bfloat16", 4096, 64, 0, "cudnn"),
+        (Target("gpu", capability=7.5), "bfloat16", 4096, 64, 0, "tiles"),
+        (Target("gpu"), "bfloat16", 4096, 64, 0, "tiles"),  # AMD's
         (Target("tpu"), "bfloat16", 4096, 80, 64, "flash"),
         (Target("tpu"), "bfloat16", 4096, 144, 64, "tiles"),  # 272 wide
         (Target("tpu"), "bfloat16", 2500, 80, 50, "tiles"),  # no block of lanes divides them
