@@ -2,8 +2,8 @@
 
 A directory holds
 
-- `features-0123456789abcdef.array_record`, ...: a record an image, see `Layout.encode`; each is
-  named after what it holds;
+- `features-0123456789abcdef.array_record`, ...: a record an image, see `Layout.encode`; each file
+  is named after its images;
 - `features-0123456789abcdef.keys.npy`, ...: the first 8 bytes of the key of each of its records;
 - `features-0123456789abcdef.array_record.json`, ...: by which the command knows a finished file;
 - `manifest.json`: what the features are of, and the size and checksum of each file.
@@ -165,6 +165,12 @@ def short_keys(keys: Sequence[bytes]) -> np.ndarray:
 def keys_name(file: str) -> str:
     """The file of the keys of a file of records."""
     return file.removesuffix(".array_record") + ".keys.npy"
+
+
+def record_keys(directory: str | os.PathLike, file: str) -> list[bytes]:
+    """The key of each record of a file that is whole."""
+    records = ArrayRecordDataSource([os.path.join(directory, file)])
+    return [records[row][:KEY_BYTES] for row in range(len(records))]
 
 
 class FeatureStore:

@@ -161,6 +161,14 @@ def finished_shard(
     return shard if damage(directory, shard) is None else None
 
 
+def fingerprint_of_shard(directory: str | os.PathLike, file: str) -> str | None:
+    """What a file was written of, by its sidecar; None if that says nothing."""
+    try:
+        return json.loads(_sidecar(epath.Path(directory) / file).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @contextlib.contextmanager
 def whole_file(path: epath.Path) -> Iterator[Path]:
     """Gives a local file to write, which becomes `path` at the end, or is removed."""

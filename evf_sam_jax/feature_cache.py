@@ -6,8 +6,8 @@
 An image that no augmentation changes has the same features in each epoch, and computing them is
 most of a training step. Each picture of the mixture is encoded once, over all devices and
 processes; of processes, each writes files of its own to the directory, which they share. Started
-again, the command reads what finished files are of, and writes those that are missing, damaged, or
-of pictures that have changed since.
+again, with the same mixture or another, the command looks up each picture in the files that are
+there, and writes the features of those that have none; no record that is whole is removed.
 
 Features are those of one segmenter: training compares the fingerprint of its own parameters, sizes
 and dtypes with theirs, and refuses others. SAM-2's end before the two convolutions that belong to
@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt8, UInt32
+from jaxtyping import Array, Bool, UInt8, UInt32
 from tqdm import tqdm
 
 from data_pipelines.features import (
@@ -44,12 +45,15 @@ from data_pipelines.features import (
     image_key,
     keys_name,
     read_feature_manifest,
+    record_keys,
     short_keys,
 )
 from data_pipelines.mixture import Mixture
 from data_pipelines.own_data import OWN
 from data_pipelines.record_files import (
+    Shard,
     file_sha256,
+    fingerprint_of_shard,
     finished_shard,
     is_remote,
     remove_leftovers,
@@ -112,12 +116,9 @@ def write_features(
         raise UserError(f"--workdir: expected a local or mounted directory, found {directory}")
     finished = ends_finished(config)
     rows = distinct_images(mixture)
-    count = sum(map(len, rows))
     mesh = make_mesh(MeshConfig(data=len(jax.local_devices())), jax.local_devices())
     layout = feature_layout(config.model, config.feature_cache.dtype, finished)
-    if jax.process_index() == 0:
-        size, total = layout.record_bytes / 1e6, count * layout.record_bytes / 1e9
-        print(f"{count:,} images, {size:.3g} MB each: {total:.3g} GB", flush=True)
+    _say(f"{len(rows):,} images, {layout.record_bytes / 1e6:.3g} MB each: ", len(rows), layout)
     params = initial_params(
         config,
         dict.fromkeys(_encoder_paths(config), replicated(mesh)),
@@ -125,28 +126,48 @@ def write_features(
         ENCODER,
     )
     fingerprint = features_fingerprint(config.model, params, finished)
-    tasks = _tasks(mixture, rows, layout, fingerprint, config.feature_cache.images_a_file)
     folder = epath.Path(directory)
-    on_first_process(lambda: _prepare_directory(folder, tasks, layout, fingerprint), folder)
-    mine = tasks[jax.process_index() :: jax.process_count()]
-    with jax.set_mesh(mesh), tqdm(total=sum(len(task.rows) for task in mine), unit="image") as bar:
+    kept: list[str] = []
+
+    def prepare() -> Bool[np.ndarray, " n"]:
+        kept.extend(_prepare_directory(folder, layout, fingerprint))
+        missing = _without_features(folder, kept, mixture, rows)
+        if kept:
+            _say(f"{missing.sum():,} of them have none there: ", int(missing.sum()), layout)
+        require_space(Path(folder) / "features-*", int(missing.sum()) * layout.record_bytes)
+        with reporting(folder):
+            (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
+            remove_leftovers(folder, _SHARDS, kept)
+        return missing
+
+    missing = _to_all(on_first_process(prepare, folder), len(rows))
+    todo = [row for row, one in zip(rows, missing, strict=True) if one]
+    length = config.feature_cache.images_a_file
+    parts = [todo[begin : begin + length] for begin in range(0, len(todo), length)]
+    mine = parts[jax.process_index() :: jax.process_count()]
+    with jax.set_mesh(mesh), tqdm(total=sum(map(len, mine)), unit="image") as bar:
         encode = _make_encode(config, mesh, params, layout)
-        for task in mine:
-            if not _is_finished(folder, task, mixture):
-                _write_task(folder, task, mixture, tower_images(config.model), encode, layout)
-            bar.update(len(task.rows))
+        for part in mine:
+            file = _new_name(folder, [mixture.describe(row) for row in part])
+            _write(folder, file, fingerprint, part, mixture, encode, layout)
+            bar.update(len(part))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("features are written")
-    shards = [finished_shard(folder, task.file, task.fingerprint) for task in tasks]
-    manifest = FeatureManifest(fingerprint, layout, tuple(filter(None, shards)))
-    if len(manifest.shards) < len(tasks):
-        raise UserError(
-            f"{folder}: expected {len(tasks)} files, found {len(manifest.shards)}; do all "
-            "processes write to the same directory?"
-        )
-    if jax.process_index() == 0:
+
+    def conclude() -> None:
+        shards = _finished(folder, layout, fingerprint)
+        if len(shards) < len(kept) + len(parts):
+            raise UserError(
+                f"{folder}: expected {len(kept) + len(parts)} files, found {len(shards)}; do all "
+                "processes write to the same directory?"
+            )
+        manifest = FeatureManifest(fingerprint, layout, tuple(shards.values()))
         write_text(folder / MANIFEST, manifest.to_json())
-        _report(mixture, manifest)
+        _report(mixture, manifest, [shards[file] for file in shards if file not in kept])
+
+    on_first_process(conclude, folder)
+    manifest = read_feature_manifest(folder)
+    assert manifest is not None, "process 0 has written it, to the same directory"
     return manifest
 
 
@@ -254,11 +275,10 @@ def features_fingerprint(config: EvfSamConfig, params: Params, finished: bool) -
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def distinct_images(mixture: Mixture) -> list[list[int]]:
-    """Of each source its indices of the mixture, each picture once where sources name it alike."""
+def distinct_images(mixture: Mixture) -> list[int]:
+    """Indices of the mixture, each picture once where sources name it alike."""
     rows, seen, begin = [], set(), 0
     for source in mixture.sources:
-        own = []
         for row in range(len(source)):
             if isinstance(source, IndexedSource):
                 name = source.index.image_id(int(source.images[row]))
@@ -267,54 +287,15 @@ def distinct_images(mixture: Mixture) -> list[list[int]]:
                 # One's own pictures are named after their files, and every folder has a 1.jpg.
                 if not name.startswith(OWN):
                     seen.add(name)
-            own.append(begin + row)
-        rows.append(own)
+            rows.append(begin + row)
         begin += len(source)
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """One file to write: of these indices of the mixture."""
-
-    file: str
-    rows: Sequence[int]
-    fingerprint: str
-
-
-def _tasks(
-    mixture: Mixture,
-    rows: Sequence[Sequence[int]],
-    layout: Layout,
-    fingerprint: str,
-    images_a_file: int,
-) -> list[_Task]:
-    """Files are of one source each and named after their images, so that more of them add some."""
-    tasks: dict[str, _Task] = {}
-    for source in rows:
-        for begin in range(0, len(source), images_a_file):
-            own = source[begin : begin + images_a_file]
-            names = "\0".join(mixture.describe(row) for row in own)
-            text, digest = f"{layout}\0{fingerprint}\0{names}", ""
-            while not digest or digest in tasks:  # as of two sources that are named alike
-                text += "\0"
-                digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-            tasks[digest] = _Task(f"features-{digest}.array_record", own, digest)
-    return list(tasks.values())
-
-
-def _prepare_directory(
-    folder: epath.Path, tasks: Sequence[_Task], layout: Layout, fingerprint: str
-) -> None:
-    """Makes the directory, or looks whether it is to be gone on with."""
-    if not tasks:
-        raise UserError("config.data: expected images to train on, found none")
+def _prepare_directory(folder: epath.Path, layout: Layout, fingerprint: str) -> list[str]:
+    """Makes the directory, or looks whether it is to be gone on with; returns its whole files."""
     found = read_feature_manifest(folder)
-    if found is not None and (found.fingerprint, found.layout) != (fingerprint, layout):
-        raise UserError(
-            f"--workdir: expected nothing, or features of the same segmenter and dtype, found "
-            f"others in {folder}; remove it first"
-        )
+    others = found is not None and (found.fingerprint, found.layout) != (fingerprint, layout)
     with reporting(folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
@@ -323,47 +304,98 @@ def _prepare_directory(
             raise UserError(
                 f"--workdir: expected a new directory, or one of features, found {name} in {folder}"
             )
-    missing = [
-        task for task in tasks if finished_shard(folder, task.file, task.fingerprint) is None
+    files = [name for name in names if name.endswith(".array_record")]
+    made_of = {fingerprint_of_shard(folder, file) for file in files}
+    if others or made_of - {None, _of_shard(layout, fingerprint)}:
+        raise UserError(
+            f"--workdir: expected nothing, or features of the same segmenter and dtype, found "
+            f"others in {folder}; remove it first"
+        )
+    kept = [
+        file
+        for file, shard in _finished(folder, layout, fingerprint).items()
+        if shard.records and _is_undamaged(folder, shard)
     ]
-    images = sum(len(task.rows) for task in missing)
-    require_space(Path(folder) / "features-*", images * layout.record_bytes)
-    with reporting(folder):
-        (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
-        remove_leftovers(folder, _SHARDS, [task.file for task in tasks])
+    for file in set(files) - set(kept):
+        logging.warning("%s is not whole, or empty: its images are computed again", folder / file)
+    return kept
 
 
-def _is_finished(folder: epath.Path, task: _Task, mixture: Mixture) -> bool:
-    """Whether the file is there, undamaged, and its pictures are still those it is of."""
-    shard = finished_shard(folder, task.file, task.fingerprint)
-    if shard is None:
-        return False
+def _finished(folder: epath.Path, layout: Layout, fingerprint: str) -> dict[str, Shard]:
+    """Files that have been written to their end, by name."""
+    files = sorted(path.name for path in folder.iterdir() if path.name.endswith(".array_record"))
+    of = _of_shard(layout, fingerprint)
+    found = {file: finished_shard(folder, file, of) for file in files}
+    return {file: shard for file, shard in found.items() if shard is not None}
+
+
+def _of_shard(layout: Layout, fingerprint: str) -> str:
+    """What each file says that it is made of; shapes are a part of the fingerprint."""
+    return f"{fingerprint} {layout.dtype}"
+
+
+def _is_undamaged(folder: epath.Path, shard: Shard) -> bool:
     try:
-        checksum = file_sha256(Path(folder / task.file))
-        stored = np.load(folder / keys_name(task.file))
-    except (OSError, ValueError, EOFError):
+        return file_sha256(Path(folder / shard.file)) == shard.sha256
+    except OSError:
         return False
-    if checksum != shard.sha256:
-        return False
-    with ThreadPoolExecutor(_threads()) as pool:
-        keys = list(pool.map(lambda row: _read(mixture, row)[1], task.rows))
-    unreadable = [row for row, key in zip(task.rows, keys, strict=True) if not key]
-    readable = short_keys([key for key in keys if key])
-    return unreadable == [row for row, _ in shard.left_out] and np.array_equal(stored, readable)
 
 
-def _write_task(
+def _without_features(
+    folder: epath.Path, files: Sequence[str], mixture: Mixture, rows: Sequence[int]
+) -> Bool[np.ndarray, " n"]:
+    """Whether each picture has no record in these files, or cannot be read now.
+
+    The keys that belong to the files are written anew, of their records.
+    """
+    if not files:
+        return np.ones(len(rows), bool)
+    keys = [record_keys(folder, file) for file in files]
+    for file, own in zip(files, keys, strict=True):
+        _write_keys(folder, file, own)
+    known = set(itertools.chain(*keys))
+    with (
+        ThreadPoolExecutor(_threads()) as pool,
+        tqdm(total=len(rows), unit="image", desc="looked up") as bar,
+    ):
+
+        def is_missing(row: int) -> bool:
+            key = _read(mixture, row)[1]
+            bar.update()
+            return key not in known
+
+        return np.fromiter(pool.map(is_missing, rows), bool, len(rows))
+
+
+def _to_all(found: Bool[np.ndarray, " n"] | None, length: int) -> Bool[np.ndarray, " n"]:
+    """What process 0 has found, on each process."""
+    given = np.zeros(length, bool) if found is None else found
+    return given if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(given)
+
+
+def _new_name(folder: epath.Path, images: Sequence[str]) -> str:
+    """A file for these images that is not there yet, as it is where the pictures have changed."""
+    text = "\0".join(images)
+    while True:
+        file = f"features-{hashlib.sha256(text.encode()).hexdigest()[:16]}.array_record"
+        if not (folder / file).exists():
+            return file
+        text += "\0"
+
+
+def _write(
     folder: epath.Path,
-    task: _Task,
+    file: str,
+    fingerprint: str,
+    rows: Sequence[int],
     mixture: Mixture,
-    images: TowerImages,
     encode: "_Encode",
     layout: Layout,
 ) -> None:
     keys: list[bytes] = []
 
     def records() -> Iterator[bytes | tuple[int, str]]:
-        for row, key, features in _encoded(task.rows, mixture, images, encode):
+        for row, key, features in _encoded(rows, mixture, encode):
             if isinstance(features, str):
                 yield row, features
             else:
@@ -374,18 +406,20 @@ def _write_task(
                     )
                 keys.append(key)
                 yield layout.encode(key, features)
-        # Before the file counts as finished.
-        path = folder / keys_name(task.file)
-        with reporting(path), whole_file(path) as local, local.open("wb") as file:
-            np.save(file, short_keys(keys))
+        _write_keys(folder, file, keys)  # before the file counts as finished
 
-    write_shard(folder, task.file, task.fingerprint, records())
+    write_shard(folder, file, _of_shard(layout, fingerprint), records())
+
+
+def _write_keys(folder: epath.Path, file: str, keys: Sequence[bytes]) -> None:
+    path = folder / keys_name(file)
+    with reporting(path), whole_file(path) as local, local.open("wb") as opened:
+        np.save(opened, short_keys(keys))
 
 
 def _encoded(
     rows: Sequence[int],
     mixture: Mixture,
-    images: TowerImages,
     encode: "_Encode",
 ) -> Iterator[tuple[int, bytes, Sequence[np.ndarray] | str]]:
     """Each row with its key and features, or with why it has none; in order.
@@ -395,7 +429,7 @@ def _encoded(
 
     def read(row: int) -> Read:
         image, key, reason = _read(mixture, row)
-        return row, key, None if image is None else images.segmenter(image), reason
+        return row, key, None if image is None else encode.images.segmenter(image), reason
 
     def groups() -> Iterator[tuple[list[Read], Any]]:
         with ThreadPoolExecutor(_threads()) as pool:
@@ -441,8 +475,9 @@ def _split(group: Sequence[Read], features: Any) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Encode:
-    """The compiled encoder, for up to `batch_size` images."""
+    """The compiled encoder, for up to `batch_size` images as `images` prepares them."""
 
+    images: TowerImages
     batch_size: int
     compiled: Callable[..., Any]
     params: Params
@@ -466,8 +501,8 @@ def _make_encode(config: ExperimentConfig, mesh: Mesh, params: Params, layout: L
 
     batch = batch_sharding(mesh)
     compiled = jax.jit(encode, in_shardings=(replicated(mesh), batch, batch), out_shardings=batch)
-    size = config.feature_cache.batch_size
-    return _Encode(-(-size // mesh.size) * mesh.size, compiled, params)
+    size = -(-config.feature_cache.batch_size // mesh.size) * mesh.size
+    return _Encode(tower_images(config.model), size, compiled, params)
 
 
 def _encode(
@@ -511,8 +546,14 @@ def _shapes(layout: Layout) -> str:
     return " and ".join("x".join(map(str, shape)) for shape in layout.shapes)
 
 
-def _report(mixture: Mixture, manifest: FeatureManifest) -> None:
-    left_out = [pair for shard in manifest.shards for pair in shard.left_out]
+def _say(words: str, images: int, layout: Layout) -> None:
+    """Prints how much disk images take, once for all processes."""
+    if jax.process_index() == 0:
+        print(f"{words}{images * layout.record_bytes / 1e9:.3g} GB", flush=True)
+
+
+def _report(mixture: Mixture, manifest: FeatureManifest, written: Sequence[Shard]) -> None:
+    left_out = [pair for shard in written for pair in shard.left_out]
     for row, reason in left_out[:10]:
         logging.warning("%s was left out: %s", mixture.describe(row), reason)
     if left_out:

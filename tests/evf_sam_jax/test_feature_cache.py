@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from data_pipelines.batch import Batch
 from data_pipelines.features import FeatureStore, keys_name
@@ -36,13 +37,17 @@ from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.param_rules import Params
-from evf_sam_jax.sharding import make_mesh
+from evf_sam_jax.preemption import PreemptionNotice
+from evf_sam_jax.run_log import RunLog
+from evf_sam_jax.sharding import MeshConfig, make_mesh
 from evf_sam_jax.stage import make_stage
+from evf_sam_jax.train import make_stages, run_stage
 from evf_sam_jax.train_step import make_loss
 from evf_sam_jax.training_data import TrainingData
 from tests.data_pipelines.astronaut import write_astronaut
 from tests.data_pipelines.tiny_dataset import TinyDataset
 from tests.evf_sam_jax.test_processes import ROOT, flag_arguments, free_port
+from tests.evf_sam_jax.test_resume import losses as losses_of_run
 from tests.evf_sam_jax.tiny_experiment import EXPERIMENT, MODEL, REFERRING
 
 IMAGES = 5
@@ -151,16 +156,29 @@ def test_eight_devices_write_what_one_does(sam_features: Path, tmp_path: Path, m
         np.testing.assert_allclose(one, eight, atol=1e-5)
 
 
-# One of several processes that write a directory together.
+def train_on(store: FeatureStore | None, devices: int, workdir: Path) -> None:
+    """Trains a stage into `workdir`."""
+    workdir.mkdir(exist_ok=True)
+    config = dataclasses.replace(SAM, mesh=MeshConfig(data=devices))
+    [stage] = make_stages(config, make_mesh(config.mesh, jax.devices()[:devices]))
+    with RunLog(workdir, silent=jax.process_index() > 0) as log, PreemptionNotice() as notice:
+        run_stage(stage, data(store), None, TOKENIZER, log, epath.Path(workdir), notice)
+
+
+# One of several processes that write a directory together, then train on it.
 PROGRAM = """
+from pathlib import Path
+
+from data_pipelines.features import FeatureStore
 from evf_sam_jax import processes
 from evf_sam_jax.errors import run_app
 from evf_sam_jax.feature_cache import write_features
-from tests.evf_sam_jax.test_feature_cache import SAM, mixture
+from tests.evf_sam_jax.test_feature_cache import SAM, mixture, train_on
 
 def main(argv):
     with processes.joined_by_flags():
         write_features(SAM, mixture(), argv[1])
+        train_on(FeatureStore(argv[1]), 2, Path(argv[2]))
 
 processes.define_flags()
 run_app(main)
@@ -168,12 +186,13 @@ run_app(main)
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(sam_features: Path, tmp_path: Path):
+def test_two_processes_write_and_read_what_one_does(sam_features: Path, tmp_path: Path):
     port = free_port()
     together = tmp_path / "together"
     environ = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    paths = str(together), str(tmp_path / "run")
     commands = [
-        [sys.executable, "-c", PROGRAM, *flag_arguments(port, 2, index, 120), str(together)]
+        [sys.executable, "-c", PROGRAM, *flag_arguments(port, 2, index, 120), *paths]
         for index in (0, 1)
     ]
     running = [subprocess.Popen(command, cwd=ROOT, env=environ) for command in commands]
@@ -187,6 +206,10 @@ def test_two_processes_write_what_one_does(sam_features: Path, tmp_path: Path):
         image = mixture().read(row, ()).image
         for found, expected in zip(two.read(image), one.read(image), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5)
+    train_on(None, 1, tmp_path / "alone")
+    expected = losses_of_run(tmp_path / "alone")
+    assert len(expected) == STAGE.steps
+    np.testing.assert_allclose(losses_of_run(tmp_path / "run"), expected, rtol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,6 +249,27 @@ def test_more_images_are_added_to_a_directory(tmp_path: Path):
     assert {name for name in files if name.endswith(".array_record")} == shards
     assert {name for name in files if name.endswith(".npy")} == set(map(keys_name, shards))
     assert len(files) == 1 + 3 * len(shards)  # each has its fingerprint beside it
+
+
+def test_features_of_other_mixtures_stay_and_are_used_again(
+    sam_features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    directory = tmp_path / "features"
+    shutil.copytree(sam_features, directory)
+    files = {path: path.stat().st_mtime_ns for path in directory.glob("*.array_record")}
+    tiny = TinyDataset(2)
+    tiny.write(tmp_path)
+    source = tiny.dataset().source(tmp_path, "train")
+    before = Mixture((source, *mixture(IMAGES - 1).sources), (1.0, 1.0))
+    manifest = write_features(SAM, before, directory)  # two more, and one less
+    assert manifest.images == IMAGES + 2
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    store = FeatureStore(directory)
+    for some in (before, mixture()):
+        for row in range(len(some)):
+            store.read(some.read(row, ()).image)
+    said = capsys.readouterr().out
+    assert f"{IMAGES + 1} images, " in said and "\n2 of them have none there: " in said
 
 
 def first_shard(directory: Path) -> Path:
@@ -304,13 +348,9 @@ def test_each_picture_is_computed_once(tmp_path: Path):
         tiny.dataset(name).source(tmp_path, split) for name, split in (("a", "train"), ("b", "val"))
     ]
     both = Mixture(tuple(sources), (1.0, 1.0))
-    assert distinct_images(both) == [[0, 1, 2, 3], []]
+    assert distinct_images(both) == [0, 1, 2, 3]
     shapes = mixture(2).sources[0]
-    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [
-        [0, 1],
-        [2, 3, 4, 5],
-        [],
-    ]
+    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [0, 1, 2, 3, 4, 5]
 
 
 def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tmp_path: Path):
@@ -319,7 +359,7 @@ def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tm
         (tmp_path / name).mkdir()
         write_astronaut(tmp_path / name, "train")
         sources.append(DATASETS[0].source(tmp_path / name, "train"))
-    assert distinct_images(Mixture(tuple(sources), (1.0, 1.0))) == [[0], [1]]
+    assert distinct_images(Mixture(tuple(sources), (1.0, 1.0))) == [0, 1]
 
 
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -427,11 +467,16 @@ def test_the_fingerprint_sees_values_change_places():
     assert before != after
 
 
-def test_another_directory_is_not_written_over(sam_features: Path):
-    before = {path.name: path.stat().st_mtime_ns for path in sam_features.iterdir()}
+@pytest.mark.parametrize("whole", [True, False], ids=["finished", "stopped"])
+def test_another_directory_is_not_written_over(whole: bool, sam_features: Path, tmp_path: Path):
+    directory = tmp_path / "features"
+    shutil.copytree(sam_features, directory)
+    if not whole:
+        (directory / "manifest.json").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     with pytest.raises(UserError, match="expected nothing, or features of the same segmenter"):
-        write_features(with_dtype(SAM, "int8"), mixture(), sam_features)
-    assert before == {path.name: path.stat().st_mtime_ns for path in sam_features.iterdir()}
+        write_features(with_dtype(SAM, "int8"), mixture(), directory)
+    assert before == {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
 
 
 def test_a_disk_without_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
