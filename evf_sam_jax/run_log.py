@@ -126,8 +126,8 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
     for name in sorted({*made_of, *data}):
         if made_of.get(name) != data.get(name):
             raise UserError(
-                f"--workdir {workdir}: expected the data that the run began with, found other "
-                f"annotations in {name}"
+                f"--workdir {workdir}: expected the data that the run began with, found other in "
+                f"{name}"
             )
     return reshaped
 

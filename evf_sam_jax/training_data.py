@@ -45,10 +45,14 @@ class TrainingData:
     features: FeatureStore | None = None
 
     def fingerprints(self) -> dict[str, str]:
-        """Each data set by its place -> what tells it from another."""
+        """Each data set by its place -> what tells it from another, and so for cached features."""
         train = {f"data.train.{i}": one for i, one in enumerate(self.mixture.sources)}
         named = {**train, "data.held_out": self.held_out}
-        return {name: fingerprint(source) for name, source in named.items()}
+        found = {name: fingerprint(source) for name, source in named.items()}
+        if self.features is not None:
+            manifest = self.features.manifest
+            found["data.features"] = f"{manifest.fingerprint} {manifest.layout.dtype}"
+        return found
 
 
 def batch_spec(

@@ -605,7 +605,7 @@ def test_another_data_set_and_other_annotations_are_named(tmp_path: Path):
     with pytest.raises(UserError) as raised:
         resume_workdir(workdir, config("data"), open_data(config("data")).fingerprints())
     assert str(raised.value) == (
-        f"--workdir {workdir}: expected the data that the run began with, found other annotations "
+        f"--workdir {workdir}: expected the data that the run began with, found other "
         "in data.train.0"
     )
 
