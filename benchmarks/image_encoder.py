@@ -9,7 +9,7 @@ All encode the same image with the same weights; the outputs are compared. The o
 `segment-anything` and `sam2`, on the GPU where torch has one. `--compile` adds them under
 `torch.compile`, with SAM's attention by `scaled_dot_product_attention`, by which SAM-2 attends
 anyway. KerasHub has a port of SAM that runs on jax; `--keras` adds it. Operations are our model's;
-the others also multiply the padding of windows.
+the others' linear layers also multiply the padding of windows.
 """
 
 import argparse
