@@ -4,17 +4,16 @@
 
 Draws a data set of photograph-sized JPEGs with polygons, then times, by turns in one process: a
 loop that decodes, makes both resizes and the masks; and the pipeline with its index, sampling,
-tokenizer, buckets and batches. Then the same from prepared and from loose files, both with files in
-the system's cache and with none there (Linux); with threads, with worker processes that prepare
-batches in threads or in none, and a consumer that does nothing; and the first batch of a large
-index.
+tokenizer, buckets and batches. Then the same from prepared and from loose files, and with cached
+features in place of the segmenter's images, all with files in the system's cache and with none
+there (Linux); with threads, with worker processes that prepare batches in threads or in none, and a
+consumer that does nothing; and the first batch of a large index.
 """
 
 import argparse
 import dataclasses
 import functools
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,15 +23,25 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environment
-from benchmarks.alternation import print_comparison
+from benchmarks.alternation import median_and_range, print_comparison
 from data_pipelines.assemble import BatchSpec
 from data_pipelines.buckets import Buckets
 from data_pipelines.dataset import Dataset
+from data_pipelines.features import (
+    MANIFEST,
+    FeatureManifest,
+    FeatureStore,
+    Layout,
+    image_key,
+    keys_name,
+    short_keys,
+)
 from data_pipelines.image_input import read_image
 from data_pipelines.index import AnnotatedImage, Target
 from data_pipelines.mixture import Mixture
 from data_pipelines.prepare import prepare
 from data_pipelines.prepared import open_prepared
+from data_pipelines.record_files import shard_name, write_shard
 from data_pipelines.segmentations import decode_parts, encode_segmentation
 from data_pipelines.shapes import SHAPES_TOKENIZER
 from data_pipelines.source import IndexedSource
@@ -43,8 +52,8 @@ HEIGHT, WIDTH = 480, 640
 SPEC = BatchSpec(batch_size=8, phrases=3, text_length=32)
 # Grain shuffles a small range slowly: the index is of a size that data sets have.
 IMAGES = 5_000
-DRAWN = 48
 BUCKETS = Buckets((16, 32), ((640, 640),))
+FEATURES = Layout(((64, 64, 256),), "bfloat16")  # of SAM, 2.1 MB an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,17 +91,30 @@ class Drawn:
 
 
 def write_images(root: Path, files: int) -> None:
-    """JPEGs as large as photographs of COCO, smooth with some noise; the first ones, repeated."""
+    """JPEGs as large as photographs of COCO, smooth with some noise."""
     (root / "images").mkdir()
-    for i in range(min(DRAWN, files)):
+    for i in range(files):
         rng = np.random.default_rng(i)
         coarse = rng.integers(0, 256, (30, 40, 3), np.uint8)
         smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
         noise = rng.integers(-12, 13, (HEIGHT, WIDTH, 3))
         pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"images/{i}.jpg", quality=90)
-    for i in range(DRAWN, files):
-        shutil.copyfile(root / f"images/{i % DRAWN}.jpg", root / f"images/{i}.jpg")
+
+
+def write_features(directory: Path, root: Path, files: int) -> FeatureStore:
+    """Random features of each picture."""
+    directory.mkdir()
+    file, rng = shard_name("features", 0, 1), np.random.default_rng(0)
+    keys = [image_key(read_image(root / f"images/{i}.jpg")) for i in range(files)]
+    records = (
+        FEATURES.encode(key, [rng.standard_normal(shape, np.float32) for shape in FEATURES.shapes])
+        for key in keys
+    )
+    shard = write_shard(directory, file, "random", records)
+    np.save(directory / keys_name(file), short_keys(keys))
+    (directory / MANIFEST).write_text(FeatureManifest("random", FEATURES, (shard,)).to_json())
+    return FeatureStore(directory)
 
 
 def bare_loop(source: IndexedSource, root: Path, samples: int) -> None:
@@ -107,10 +129,14 @@ def bare_loop(source: IndexedSource, root: Path, samples: int) -> None:
             decode_parts(index.parts(target), HEIGHT, WIDTH)
 
 
-def batches(source: IndexedSource, samples: int):
+def batches(source: IndexedSource, samples: int, features: FeatureStore | None = None):
     mixture, tokenizer = Mixture((source,), (1.0,)), load_tokenizer(SHAPES_TOKENIZER)
     steps = samples // SPEC.batch_size
-    return train_dataset(mixture, tokenizer, SPEC, seed=0, steps=steps, buckets=BUCKETS)
+    layout = None if features is None else features.manifest.layout
+    spec = dataclasses.replace(SPEC, features=layout)
+    return train_dataset(
+        mixture, tokenizer, spec, seed=0, steps=steps, buckets=BUCKETS, features=features
+    )
 
 
 def consume(source: IndexedSource, samples: int, workers: int, threads: int) -> float:
@@ -123,11 +149,12 @@ def consume(source: IndexedSource, samples: int, workers: int, threads: int) -> 
         return count * SPEC.batch_size / (time.perf_counter() - start)
 
 
-def consume_all(source: IndexedSource, samples: int) -> None:
+def consume_all(source: IndexedSource, samples: int, features: FeatureStore | None = None) -> None:
     """Makes the batches in this process."""
-    dataset = batches(source, samples)
+    dataset = batches(source, samples, features)
     for step in range(len(dataset)):
-        _ = dataset[step]
+        batch = dataset[step]
+        assert batch is not None and (batch.skipped_id < 0).all(), "each can be read"
 
 
 def forget(folder: Path) -> None:
@@ -162,7 +189,7 @@ def _own_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=1_000)
+    parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -175,6 +202,7 @@ def main() -> None:
         source = dataset.source(root, "train")
         prepare(dataset, root, out, "train", workers=2)
         prepared = open_prepared(out / dataset.name / "train")
+        features = write_features(Path(folder) / "features", root, options.files)
         samples = options.samples
         compare = functools.partial(print_comparison, repeats=options.repeats)
         loops = {
@@ -184,17 +212,22 @@ def main() -> None:
         forms = {
             "prepared": lambda: consume_all(prepared, samples),
             "loose files": lambda: consume_all(source, samples),
+            "loose files and features": lambda: consume_all(source, samples, features),
         }
         for run in (*loops.values(), *forms.values()):
             run()  # once untimed
         compare(f"{samples} images in one process", loops)
         compare(f"\n{samples} images, files in the system's cache", forms)
         compare(f"\n{samples} images, none there", forms, before=lambda: forget(Path(folder)))
-        print("\n| worker processes | threads | images/s |\n|---|---|---|")
-        for _ in range(3):
-            for workers, threads in ((0, 1), (0, 2), (1, 0), (2, 0), (1, 1), (2, 1)):
-                rate = consume(source, 6 * samples, workers, threads)
-                print(f"| {workers} | {threads} | {rate:.1f} |")
+        rates: dict[tuple[int, int], list[float]] = {
+            kind: [] for kind in ((0, 1), (0, 2), (1, 0), (2, 0), (1, 1), (2, 1))
+        }
+        for _ in range(options.repeats):
+            for kind, found in rates.items():
+                found.append(consume(source, 6 * samples, *kind))
+        print("\n| worker processes | threads | images/s, median (min to max) |\n|---|---|---|")
+        for (workers, threads), found in rates.items():
+            print(f"| {workers} | {threads} | {median_and_range(found, 0)} |")
         first_batch(root, 60_000)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks import environment
+from benchmarks import environment, roofline
 from benchmarks.cached_step import read_batch
 from configs.refcoco import get_config
 from data_pipelines.batch import Batch
@@ -69,14 +69,22 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step: median, smallest and largest seconds, GB on a device, 1e12 operations."""
+    """Of a step: median, smallest and largest seconds, GB on a device, 1e12 operations.
+
+    Attributes:
+      products: 1e12 operations a second of plain matrix products, before.
+      memory: 1e9 bytes a second, likewise.
+    """
 
     seconds: tuple[float, float, float]
     gigabytes: float
     operations: float
+    products: float
+    memory: float
 
 
 def measure(point: Point, repeats: int) -> Cost:
+    roof = roofline.measure("float32")
     stage = stage_of(point)
     batch = with_phrases(read_batch(stage.experiment, point.images, 1), point.phrases)
     places = merge(stage.placement.state.trainable, stage.placement.state.frozen)
@@ -97,7 +105,13 @@ def measure(point: Point, repeats: int) -> Cost:
     size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(0, fresh)
     seconds = seconds[1:]
     spread = statistics.median(seconds), min(seconds), max(seconds)
-    return Cost(spread, size / 1e9, stage.flops(batch) / 1e12)
+    return Cost(
+        seconds=spread,
+        gigabytes=size / 1e9,
+        operations=stage.flops(batch) / 1e12,
+        products=roof.operations[0] / 1e12,
+        memory=roof.bandwidth[0] / 1e9,
+    )
 
 
 @functools.lru_cache(maxsize=1)  # most points have the same model, and to draw takes a minute
@@ -221,15 +235,19 @@ def main() -> None:
         if options.results:
             write_results(options.results, measured)
     print(environment.describe())
-    print("\n| images | phrases | frame | layers | devices | s a step | 1e12 operations | GB |")
-    print("|---|---|---|---|---|---|---|---|")
+    sizes = " | ".join(field.name for field in dataclasses.fields(Point))
+    print(
+        f"\n| {sizes} | s a step | 1e12 operations | of matrix products | their 1e9/s "
+        f"| memory, GB/s | GB |\n{'|---' * 11}|"
+    )
     for point in wanted:
         cost = measured[point]
         middle, least, most = cost.seconds
         sizes = " | ".join(map(str, dataclasses.astuple(point)))
         print(
             f"| {sizes} | {middle:.2f} ({least:.2f} to {most:.2f}) | {cost.operations:.2f} "
-            f"| {cost.gigabytes:.2f} |"
+            f"| {cost.operations / middle / cost.products:.0%} | {1e3 * cost.products:.0f} "
+            f"| {cost.memory:.1f} | {cost.gigabytes:.2f} |"
         )
     if options.figure:
         axes = {

@@ -24,11 +24,11 @@ import torch
 from benchmarks import environment, roofline
 from benchmarks.alternation import print_times
 from benchmarks.cached_step import Steps, experiment, read_batch, update_seconds
+from benchmarks.original import Original
 from data_pipelines.batch import Batch
 from evf_sam_jax.losses import DICE_EPSILON, DICE_SCALE
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.sam.config import SamConfig
-from tests.parity import beit3_cases, sam_cases
 
 STEPS = UPDATES = 3  # of a child process, after what is not timed
 
@@ -56,67 +56,37 @@ def row(batch: Batch, i: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf[i], batch)
 
 
-class Original(torch.nn.Module):
-    """The originals' modules, as hustvl/EVF-SAM at 9935dc5 (`model/evf_sam.py`) joins them."""
+def add_gradients(original: Original, batch: Batch) -> float:
+    """Adds gradients image by image, and returns the mean loss: BCE and dice of all phrases.
 
-    def __init__(self, encoder: Beit3Config, segmenter: SamConfig):
-        super().__init__()
-        self.encoder = beit3_cases.original(encoder)
-        self.segmenter = sam_cases.original(segmenter)
-        width = encoder.width
-        self.projector = torch.nn.Sequential(
-            torch.nn.Linear(width, width),
-            torch.nn.ReLU(),
-            torch.nn.Linear(width, segmenter.out_channels),
-        )
-        self.segmenter.requires_grad_(False)
-        self.segmenter.mask_decoder.requires_grad_(True)
+    As the losses of the original (`model/evf_sam.py:11-54`).
+    """
+    images = len(batch.sam_size)
+    total = 0.0
+    for i in range(images):
+        loss = loss_of(original, row(batch, i)) / images
+        loss.backward()
+        total += float(loss.detach())
+    return total
 
-    def backward(self, batch: Batch) -> float:
-        """Adds gradients image by image, and returns the mean loss: BCE and dice of all phrases.
 
-        As the losses of the original (`model/evf_sam.py:11-54`).
-        """
-        images = len(batch.sam_size)
-        total = 0.0
-        for i in range(images):
-            loss = self.loss(row(batch, i)) / images
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def loss(self, image: Batch) -> torch.Tensor:
-        """Of the phrases of an image: a row of a batch."""
-        phrases = len(image.text_ids)
-        frame = torch.from_numpy(image.sam_image).permute(2, 0, 1).float()
-        with torch.no_grad():
-            embedding = self.segmenter.image_encoder(self.segmenter.preprocess(frame[None]))
-        longest = int(image.text_valid.sum(axis=-1).max())
-        ids = torch.from_numpy(image.text_ids[:, :longest]).long()
-        padding = ~torch.from_numpy(image.text_valid[:, :longest])
-        pixels = torch.from_numpy(image.encoder_image).permute(2, 0, 1)
-        found = self.encoder(
-            visual_tokens=pixels.expand(phrases, -1, -1, -1),
-            textual_tokens=ids,
-            text_padding_position=padding,
-        )["encoder_out"]
-        prompt_encoder = self.segmenter.prompt_encoder
-        _, dense = prompt_encoder(points=None, boxes=None, masks=None)
-        low_res, _ = self.segmenter.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=self.projector(found[:, :1]),
-            dense_prompt_embeddings=dense.expand(phrases, -1, -1, -1),
-            multimask_output=False,
-        )
-        sam_size, (height, width) = image.sam_size.tolist(), image.original_size.tolist()
-        logits = self.segmenter.postprocess_masks(low_res, sam_size, (height, width)).flatten(1)
-        target = torch.from_numpy(image.mask[:, :height, :width]).float().flatten(1)
-        bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
-        probability = logits.sigmoid()
-        overlap = 2 * (probability / DICE_SCALE * target).sum(-1) + DICE_EPSILON
-        both = (probability / DICE_SCALE).sum(-1) + (target / DICE_SCALE).sum(-1) + DICE_EPSILON
-        return bce + (1 - overlap / both).mean()
+def loss_of(original: Original, image: Batch) -> torch.Tensor:
+    """Of the phrases of an image: a row of a batch."""
+    (height, width), (sam_height, sam_width) = image.original_size, image.sam_size
+    logits = original(
+        image.sam_image,
+        (int(sam_height), int(sam_width)),
+        image.encoder_image,
+        image.text_ids,
+        image.text_valid,
+        (int(height), int(width)),
+    ).flatten(1)
+    target = torch.from_numpy(image.mask[:, :height, :width]).float().flatten(1)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+    probability = logits.sigmoid()
+    overlap = 2 * (probability / DICE_SCALE * target).sum(-1) + DICE_EPSILON
+    both = (probability / DICE_SCALE).sum(-1) + (target / DICE_SCALE).sum(-1) + DICE_EPSILON
+    return bce + (1 - overlap / both).mean()
 
 
 def theirs(batch: Batch) -> dict[str, list[float]]:
@@ -126,9 +96,9 @@ def theirs(batch: Batch) -> dict[str, list[float]]:
 
     def step() -> float:
         original.zero_grad()
-        return original.backward(batch)
+        return add_gradients(original, batch)
 
-    original.loss(row(batch, 0)).backward()  # one image warms up: nothing is compiled
+    loss_of(original, row(batch, 0)).backward()  # one image warms up: nothing is compiled
     found = measure(step)
     settings = experiment().stages[0].optimizer
     trained = [x for x in original.parameters() if x.requires_grad]
