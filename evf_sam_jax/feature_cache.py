@@ -109,8 +109,8 @@ def write_features(
     """Writes the features of each picture of the mixture, or what is missing.
 
     Raises:
-      UserError: a stage trains the image encoder, there are no images, or the directory cannot be
-        written, holds features of another segmenter, or something else.
+      UserError: a stage trains the image encoder, or the directory cannot be written, holds
+        features of another segmenter, or something else.
     """
     if is_remote(directory):
         raise UserError(f"--workdir: expected a local or mounted directory, found {directory}")
@@ -148,7 +148,7 @@ def write_features(
     with jax.set_mesh(mesh), tqdm(total=sum(map(len, mine)), unit="image") as bar:
         encode = _make_encode(config, mesh, params, layout)
         for part in mine:
-            file = _new_name(folder, [mixture.describe(row) for row in part])
+            file = _new_name(folder, [f"{row} {mixture.describe(row)}" for row in part])
             _write(folder, file, fingerprint, part, mixture, encode, layout)
             bar.update(len(part))
     if jax.process_count() > 1:
