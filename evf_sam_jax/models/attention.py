@@ -42,9 +42,11 @@ from evf_sam_jax.models.target import Target, current_target
 
 Method = Literal["tiles", "cudnn", "flash"]
 
-# Scores computed at a time, by backend: 4 MiB of float32 fit a core's cache; an accelerator only
-# needs its memory bounded.
-TILE_SCORES = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
+# Scores computed at a time, by backend: 16 MiB of float32 fit the cache that cores share, and their
+# matrix products are large enough; an accelerator only needs its memory bounded.
+TILE_SCORES = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}
+# Of the numbers that a CPU adds at a time, the most.
+LANES = 16
 # Below this many scores in total, tiles cost more than they save.
 SMALL_SCORES = 2**23
 # Kernels attend to at least so many tokens: those of whole frames.
@@ -109,10 +111,11 @@ def attend(
     Keys where `key_valid` is false get no weight, nor do those that a query is not `allowed`. A row
     without any valid key attends evenly, so that padding never turns into NaN.
     """
-    weights = attention_weights(query, key, scale=scale, key_valid=key_valid, allowed=allowed)
-    weights = weights.astype(query.dtype)
-    precision = matmul_precision(query.dtype)
-    return jnp.einsum("bhqs,bshd->bqhd", weights, value, precision=precision)
+    b, queries, heads, _ = query.shape
+    scores = _scores(query, key, scale, key_valid, allowed)
+    weights, total = _unnormalised(scores, axis=(2,))
+    context = _weighted(weights, _by_head(value), query.dtype) / total
+    return context.astype(query.dtype).reshape(b, heads, queries, -1).swapaxes(1, 2)
 
 
 def attention_weights(
@@ -124,19 +127,63 @@ def attention_weights(
     allowed: Bool[Array, "q s"] | None = None,
 ) -> Float32[Array, "b h q s"]:
     """Returns softmax(scale q.k), how much each query attends to each key; see `attend`."""
-    scores = jnp.einsum(
-        "bqhd,bshd->bhqs",
-        query * scale,
+    b, queries, heads, _ = query.shape
+    scores = _scores(query, key, scale, key_valid, allowed)
+    return jax.nn.softmax(scores, axis=-1).reshape(b, heads, queries, -1)
+
+
+def _by_head(x: Float[Array, "b t h d"]) -> Float[Array, "b*h t d"]:
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _scores(
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b s h d"],
+    scale: float,
+    key_valid: Bool[Array, "b s"] | None,
+    allowed: Bool[Array, "q s"] | None,
+) -> Float32[Array, "b*h q s"]:
+    """What softmax is taken of. CPUs multiply heads one after another much faster than interleaved,
+    and add what a mask takes away in passing; to select by it is another pass.
+    """
+    scores = _products(_by_head(query * scale), _by_head(key))
+    lowest = jnp.finfo(jnp.float32).min  # absorbs every score that is added to it
+    if key_valid is not None:
+        added = jnp.where(key_valid, 0.0, lowest)
+        scores = scores + jnp.repeat(added, query.shape[2], axis=0)[:, None]
+    if allowed is not None:
+        scores = jnp.where(allowed[None], scores, lowest)
+    return scores
+
+
+def _products(query: Float[Array, "n q d"], key: Float[Array, "n s d"]) -> Float32[Array, "n q s"]:
+    return jnp.einsum(
+        "nqd,nsd->nqs",
+        query,
         key,
         precision=matmul_precision(query.dtype),
         preferred_element_type=jnp.float32,
     )
-    lowest = jnp.finfo(jnp.float32).min
-    if key_valid is not None:
-        scores = jnp.where(key_valid[:, None, None, :], scores, lowest)
-    if allowed is not None:
-        scores = jnp.where(allowed[None, None], scores, lowest)
-    return jax.nn.softmax(scores, axis=-1)
+
+
+def _unnormalised(scores: Array, axis: tuple[int, ...]) -> tuple[Array, Float32[Array, "n q 1"]]:
+    """Returns softmax's numerators, of at most 1, and the sums that they are to be divided by."""
+    # The largest score cancels: nothing is to be learnt through it.
+    largest = jax.lax.stop_gradient(scores.max(axis=axis, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    return weights, weights.sum(axis=axis)[..., None]
+
+
+def _weighted(
+    weights: Float32[Array, "n q s"], value: Float[Array, "n s d"], dtype: DTypeLike
+) -> Float32[Array, "n q d"]:
+    return jnp.einsum(
+        "nqs,nsd->nqd",
+        weights.astype(dtype),
+        value,
+        precision=matmul_precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def attend_square(
@@ -179,26 +226,20 @@ def _attend_rows(
 ) -> Array:
     """`attend_square` of the rows of one device, in tiles."""
     n, tokens, width = query.shape
-    precision = matmul_precision(query.dtype)
 
     def attend_tile(tile: tuple[Array, ...]) -> Float[Array, "r q d"]:
         q, k, v, *added = tile
-        scores = jnp.einsum(
-            "rqd,rkd->rqk", q, k, precision=precision, preferred_element_type=jnp.float32
-        )
+        scores = _products(q, k)
+        flat, keys = scores.shape, (2,)
         if added:
             h, w = (bias.astype(jnp.float32) for bias in added)
-            scores = scores + (h[..., :, None] + w[..., None, :]).reshape(scores.shape)
-        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        total = weights.sum(axis=-1, keepdims=True)
-        context = jnp.einsum(
-            "rqk,rkd->rqd",
-            weights.astype(q.dtype),
-            v,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        return (context / total).astype(q.dtype)
+            bias = h[..., :, None] + w[..., None, :]
+            if bias.shape[-1] % LANES:
+                scores = scores + bias.reshape(flat)
+            else:  # the same numbers, and a fifth of the time less where rows fill lanes
+                scores, keys = scores.reshape(bias.shape) + bias, (2, 3)
+        weights, total = _unnormalised(scores, keys)
+        return (_weighted(weights.reshape(flat), v, q.dtype) / total).astype(q.dtype)
 
     query = query * scale
     rows, block = tile_shape(n, tokens, backend)

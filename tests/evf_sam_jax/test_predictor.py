@@ -446,7 +446,8 @@ def test_a_segmenter_alone_takes_all_prompts_but_phrases(tmp_path: Path):
     boxes = np.float32(np.asarray(BOX["boxes"]) * ([side / 60, side / 40] * 2))[None]
     exact = compiled_once(evf_sam.decode, static_argnums=0)
     direct = exact(config, alone.params, features, Prompts(boxes=jnp.asarray(boxes)))
-    close(alone.predict(IMAGE, **BOX).low_res_logits, direct.low_res_logits[0, :, 0], rtol=1e-5)
+    found = alone.predict(IMAGE, **BOX).low_res_logits  # of up to 17; other tokens are filled up
+    close(found, direct.low_res_logits[0, :, 0], rtol=1e-5, atol=5e-5)
     phrases = "expected points, boxes or masks for a segmenter alone, found phrases"
     for ask in (
         lambda: alone.predict(IMAGE, texts=["it"]),

@@ -51,7 +51,7 @@ class EfficientSam(nn.Module):
         features: ImageFeatures,
         prompts: Prompts,
         multimask: bool,
-        train: bool,
+        train: bool = False,
         positions: Float[Array, "g g c"] | None = None,
     ) -> MaskPrediction:
         """Decodes k prompts of each of b images, in training as ever."""

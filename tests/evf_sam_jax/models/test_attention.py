@@ -7,7 +7,7 @@ import pytest
 
 from evf_sam_jax.models import attention
 
-ROWS, SIDE, WIDTH = 4, 6, 8
+ROWS, WIDTH = 4, 8
 SCALE = WIDTH**-0.5
 
 
@@ -15,28 +15,47 @@ def drawn(*shape: int, seed: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-def operands() -> list[jax.Array]:
-    return [drawn(ROWS, SIDE * SIDE, WIDTH, seed=seed) for seed in range(3)]
-
-
-def biases() -> list[jax.Array]:
-    return [drawn(ROWS, SIDE * SIDE, SIDE, seed=seed) for seed in (3, 4)]
-
-
 @pytest.mark.parametrize("biased", [False, True])
-# Whole rows two at a time, a third of the queries of a row, and everything at once.
-@pytest.mark.parametrize("tile", [2 * SIDE**4, SIDE**4 // 3, None])
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, biased: bool, tile: int | None):
-    if tile is not None:
+@pytest.mark.parametrize("side", [6, attention.LANES])
+# Whole rows two at a time, a third (or what divides the rows) of their queries, and all at once.
+@pytest.mark.parametrize("share", [2, 1 / 3, None])
+def test_tiles_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, biased: bool, side: int, share: float | None
+):
+    tokens = side * side
+    if share is not None:
         monkeypatch.setattr(attention, "SMALL_SCORES", 0)
-        monkeypatch.setitem(attention.TILE_SCORES, "cpu", tile)
-    q, k, v = operands()
-    added = biases() if biased else []
+        monkeypatch.setitem(attention.TILE_SCORES, "cpu", int(share * tokens**2))
+    q, k, v = (drawn(ROWS, tokens, WIDTH, seed=seed) for seed in range(3))
+    added = [drawn(ROWS, tokens, side, seed=seed) for seed in (3, 4)] if biased else []
     found = attention.attend_square(q, k, v, *added, scale=SCALE)
     scores = SCALE * np.einsum("nqd,nkd->nqk", q, k)
     if biased:
         h, w = (np.asarray(bias) for bias in added)
         scores += (h[..., :, None] + w[..., None, :]).reshape(scores.shape)
+    np.testing.assert_allclose(found, softmax(scores) @ np.asarray(v), atol=1e-5)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
     weights = np.exp(scores)
-    weights /= weights.sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, np.einsum("nqk,nkd->nqd", weights, v), atol=1e-5)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def test_masks_take_keys_away_and_a_query_without_any_attends_evenly():
+    images, queries, keys, heads = 2, 5, 7, 3
+    q = drawn(images, queries, heads, WIDTH, seed=0)
+    k, v = (drawn(images, keys, heads, WIDTH, seed=seed) for seed in (1, 2))
+    valid = np.ones((images, keys), bool)
+    valid[0, 4:] = False
+    valid[1] = False  # all of them
+    allowed = np.tri(queries, keys, 2, dtype=bool)
+    found = attention.attend(
+        q, k, v, scale=SCALE, key_valid=jnp.asarray(valid), allowed=jnp.asarray(allowed)
+    )
+    scores = SCALE * np.einsum("bqhd,bshd->bhqs", q, k)
+    counted = valid[:, None, None, :] & allowed
+    weights = softmax(np.where(counted, scores, np.where(counted.any(-1)[..., None], -np.inf, 0)))
+    expected = np.einsum("bhqs,bshd->bqhd", weights, v)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    looked = attention.attention_weights(q, k, scale=SCALE, key_valid=jnp.asarray(valid))
+    np.testing.assert_allclose(looked[1], np.full((heads, queries, keys), 1 / keys), atol=1e-6)
