@@ -6,8 +6,8 @@ products do. So a square of tokens is attended in one of three ways, which `meth
 
   - tiles: XLA computes scores in tiles that stay in the cache, and adds positions to them.
     Where: CPUs; float32 on any device; windows; where neither kernel serves.
-    Why: on two CPU cores the same tiles with positions folded into queries and keys take 1.4 to 1.6
-    times as long, and XLA's attention with whole scores 2.7 to 4.1 times (medians of
+    Why: on two CPU cores the same tiles with positions folded into queries and keys take 1.5 to 2.1
+    times as long, and XLA's attention with whole scores 3.4 to 4.9 times (medians of
     `benchmarks/attention.py`). cuDNN takes no float32, and TPUs would round it.
   - cudnn: `fused_attention.cudnn`, positions folded into queries and keys.
     Where: whole frames in 16 bits, on NVIDIA GPUs, if no wider with them than cuDNN takes: 256 from
