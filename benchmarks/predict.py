@@ -1,7 +1,8 @@
 """What a prediction costs: more phrases on one image, and all that is not the model.
 
     python -m benchmarks.predict [--encoder large --segmenter vit_h] [--model MODEL_DIR]
-    bash tests/install_parity.sh && python -m benchmarks.predict --torch
+    bash tests/install_parity.sh
+    python -m benchmarks.predict --encoder base --segmenter vit_b --torch
 
 Whole predictions of a photograph, from pixels in memory to masks in memory, for several numbers of
 phrases by turns, and a phrase of an image that has been encoded before; then what the command does

@@ -436,6 +436,14 @@ def test_features_of_other_parameters_are_refused(sam_features: Path):
         check_fingerprint(SAM, store, changed)
 
 
+def test_a_run_is_told_features_of_another_dtype_from_its_own(sam_features: Path, tmp_path: Path):
+    write_features(with_dtype(SAM, "int8"), mixture(), tmp_path / "features")
+    one, other = (data(FeatureStore(path)) for path in (sam_features, tmp_path / "features"))
+    different = one.fingerprints().items() ^ other.fingerprints().items()
+    assert {name for name, _ in different} == {"data.features"}
+    assert "data.features" not in data().fingerprints()
+
+
 def test_the_fingerprint_changes_with_all_that_features_depend_on():
     found = {features_fingerprint(SAM.model, params(SAM), True)}
 
