@@ -33,8 +33,7 @@ from data_pipelines.features import (
     FeatureStore,
     Layout,
     image_key,
-    keys_name,
-    short_keys,
+    write_keys,
 )
 from data_pipelines.image_input import read_image
 from data_pipelines.index import AnnotatedImage, Target
@@ -112,7 +111,7 @@ def write_features(directory: Path, root: Path, files: int) -> FeatureStore:
         for key in keys
     )
     shard = write_shard(directory, file, "random", records)
-    np.save(directory / keys_name(file), short_keys(keys))
+    write_keys(directory, file, keys)
     (directory / MANIFEST).write_text(FeatureManifest("random", FEATURES, (shard,)).to_json())
     return FeatureStore(directory)
 

@@ -26,12 +26,21 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float, UInt8
 
-from data_pipelines.record_files import Shard, damage, read_manifest_file
+from data_pipelines.record_files import (
+    Shard,
+    damage,
+    is_remote,
+    read_manifest_file,
+    reporting,
+    whole_file,
+)
 from evf_sam_jax.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
+# Of a directory, so many files are open at a time: systems often allow a process 1024.
+OPEN_FILES = 256
 _AGAIN = "write it again with --mode cache_features"
 
 # How features are stored. `int8` has a scale for each channel of each image, and halves bfloat16.
@@ -167,6 +176,13 @@ def keys_name(file: str) -> str:
     return file.removesuffix(".array_record") + ".keys.npy"
 
 
+def write_keys(directory: str | os.PathLike, file: str, keys: Sequence[bytes]) -> None:
+    """Writes the file of the keys of a file of records, whole or not at all."""
+    path = epath.Path(directory) / keys_name(file)
+    with reporting(path), whole_file(path) as local, local.open("wb") as opened:
+        np.save(opened, short_keys(keys))
+
+
 def record_keys(directory: str | os.PathLike, file: str) -> list[bytes]:
     """The key of each record of a file that is whole."""
     records = ArrayRecordDataSource([os.path.join(directory, file)])
@@ -184,6 +200,10 @@ class FeatureStore:
     def __init__(self, directory: str | os.PathLike):
         """Raises UserError if something is missing, incomplete, or of another version."""
         self.directory = os.fspath(directory)
+        if is_remote(directory):
+            raise UserError(
+                f"data.features: expected a local or mounted directory, found {directory}"
+            )
         manifest = read_feature_manifest(directory)
         if manifest is None:
             path = epath.Path(directory) / MANIFEST
@@ -199,6 +219,8 @@ class FeatureStore:
         keys = np.concatenate([self._keys_of(shard) for shard in manifest.shards])
         self._rows = np.argsort(keys, kind="stable")
         self._keys = keys[self._rows]
+        self._ends = np.cumsum([shard.records for shard in manifest.shards])
+        self._opened = functools.lru_cache(OPEN_FILES)(self._open)
 
     def __reduce__(self):
         return FeatureStore, (self.directory,)
@@ -218,22 +240,29 @@ class FeatureStore:
         if at == len(self._keys) or self._keys[at] != short:
             raise UserError(f"{self.directory}: expected features of these pixels, found none")
         row = int(self._rows[at])
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        row -= int(self._ends[number]) - self.manifest.shards[number].records
         try:
-            record = self._records[row]
+            record = self._opened(number)[row]
             if record[:KEY_BYTES] != key:
                 raise ValueError("that of another image")
             return self.manifest.layout.decode(record)
         except (OSError, RuntimeError, ValueError, IndexError) as error:
             raise UserError(
-                f"{self.directory}, record {row}: expected features, found {error}"
+                f"{os.path.join(self.directory, self.manifest.shards[number].file)}, record {row}: "
+                f"expected features, found {error}"
             ) from error
 
-    @functools.cached_property
-    def _records(self) -> ArrayRecordDataSource:
-        shards = self.manifest.shards
-        # With their ranges given, files are not opened to count their records.
+    def images_fingerprint(self) -> str:
+        """A short text that changes with the pictures that have features."""
+        return hashlib.sha256(self._keys.tobytes()).hexdigest()[:16]
+
+    def _open(self, number: int) -> ArrayRecordDataSource:
+        """The records of a file; it is closed with the last reference."""
+        shard = self.manifest.shards[number]
+        # With its range given, the file is not opened to count its records.
         return ArrayRecordDataSource(
-            [f"{os.path.join(self.directory, one.file)}[0:{one.records}]" for one in shards]
+            f"{os.path.join(self.directory, shard.file)}[0:{shard.records}]"
         )
 
     def _keys_of(self, shard: Shard) -> np.ndarray:

@@ -7,7 +7,8 @@ An image that no augmentation changes has the same features in each epoch, and c
 most of a training step. Each picture of the mixture is encoded once, over all devices and
 processes; of processes, each writes files of its own to the directory, which they share. Started
 again, with the same mixture or another, the command looks up each picture in the files that are
-there, and writes the features of those that have none; no record that is whole is removed.
+there, and writes the features of those that have none. No file that is whole is removed; all
+images of a damaged one are computed again.
 
 Features are those of one segmenter: training compares the fingerprint of its own parameters, sizes
 and dtypes with theirs, and refuses others. SAM-2's end before the two convolutions that belong to
@@ -18,7 +19,6 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -47,6 +47,7 @@ from data_pipelines.features import (
     read_feature_manifest,
     record_keys,
     short_keys,
+    write_keys,
 )
 from data_pipelines.mixture import Mixture
 from data_pipelines.own_data import OWN
@@ -58,7 +59,6 @@ from data_pipelines.record_files import (
     is_remote,
     remove_leftovers,
     reporting,
-    whole_file,
     write_shard,
     write_text,
 )
@@ -72,14 +72,14 @@ from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models.evf_sam import EvfSamConfig, encode_image, param_shapes
 from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.param_rules import Params
-from evf_sam_jax.processes import on_first_process
+from evf_sam_jax.processes import on_first_process, text_to_all
 from evf_sam_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from evf_sam_jax.stage import cast_when_frozen, never_trained, on_devices
 from evf_sam_jax.training_data import TrainingData, open_data
 
 ENCODER = "segmenter/image_encoder/"
-# Images of each data set that are looked up when a run begins, evenly over it.
-PROBED = 4
+# At least so many images of each data set, evenly over it, are looked up when a run begins.
+PROBED = 16
 # Of a segmenter, what changes no feature.
 _WITHOUT_EFFECT = ("remat", "encoder_chunk")
 
@@ -87,7 +87,7 @@ _WITHOUT_EFFECT = ("remat", "encoder_chunk")
 Frame = tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]
 # An index of the mixture, with the key of the image and its frame, or why it cannot be read.
 Read = tuple[int, bytes, Frame | None, str]
-# All that is written to a directory but its manifest: shards, with their endings.
+# Names of what is written to a directory beside its manifest, without their endings.
 _SHARDS = "features-[^.]+"
 
 
@@ -99,7 +99,7 @@ def cache_features(config: ExperimentConfig, directory: str | os.PathLike) -> Fe
     """
     # The config may be the one of the training, which names features that are not there yet.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, features=""))
-    ends_finished(config)
+    ends_finished(config)  # refused before data are opened, which may take minutes
     return write_features(config, open_data(config).mixture, directory)
 
 
@@ -127,20 +127,12 @@ def write_features(
     )
     fingerprint = features_fingerprint(config.model, params, finished)
     folder = epath.Path(directory)
-    kept: list[str] = []
-
-    def prepare() -> Bool[np.ndarray, " n"]:
-        kept.extend(_prepare_directory(folder, layout, fingerprint))
-        missing = _without_features(folder, kept, mixture, rows)
-        if kept:
-            _say(f"{missing.sum():,} of them have none there: ", int(missing.sum()), layout)
-        require_space(Path(folder) / "features-*", int(missing.sum()) * layout.record_bytes)
-        with reporting(folder):
-            (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
-            remove_leftovers(folder, _SHARDS, kept)
-        return missing
-
-    missing = _to_all(on_first_process(prepare, folder), len(rows))
+    kept = _whole_files(folder, layout, fingerprint)
+    missing = _without_features(folder, kept, mixture, rows)
+    images = int(missing.sum())
+    if kept:
+        _say(f"{images:,} of them have none there: ", images, layout)
+    on_first_process(functools.partial(_make_room, folder, kept, images, layout), folder)
     todo = [row for row, one in zip(rows, missing, strict=True) if one]
     length = config.feature_cache.images_a_file
     parts = [todo[begin : begin + length] for begin in range(0, len(todo), length)]
@@ -153,18 +145,7 @@ def write_features(
             bar.update(len(part))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("features are written")
-
-    def conclude() -> None:
-        shards = _finished(folder, layout, fingerprint)
-        if len(shards) < len(kept) + len(parts):
-            raise UserError(
-                f"{folder}: expected {len(kept) + len(parts)} files, found {len(shards)}; do all "
-                "processes write to the same directory?"
-            )
-        manifest = FeatureManifest(fingerprint, layout, tuple(shards.values()))
-        write_text(folder / MANIFEST, manifest.to_json())
-        _report(mixture, manifest, [shards[file] for file in shards if file not in kept])
-
+    conclude = functools.partial(_conclude, folder, layout, fingerprint, mixture, kept, len(parts))
     on_first_process(conclude, folder)
     manifest = read_feature_manifest(folder)
     assert manifest is not None, "process 0 has written it, to the same directory"
@@ -217,6 +198,15 @@ def check_features(config: ExperimentConfig, data: TrainingData) -> None:
             raise UserError(
                 f"data.features: expected features of {source.describe(missing[0])}, found none "
                 f"of {len(probed)} images that were looked up in {store.directory}"
+            )
+        if missing:
+            logging.warning(
+                "data.features: %d of %d images that were looked up have none in %s, such as %s: "
+                "training will leave them out (data.max_skipped)",
+                len(missing),
+                len(probed),
+                store.directory,
+                source.describe(missing[0]),
             )
 
 
@@ -292,8 +282,51 @@ def distinct_images(mixture: Mixture) -> list[int]:
     return rows
 
 
-def _prepare_directory(folder: epath.Path, layout: Layout, fingerprint: str) -> list[str]:
-    """Makes the directory, or looks whether it is to be gone on with; returns its whole files."""
+def _conclude(
+    folder: epath.Path,
+    layout: Layout,
+    fingerprint: str,
+    mixture: Mixture,
+    kept: Sequence[str],
+    written: int,
+) -> None:
+    """Writes the manifest of the files kept and of those that all processes wrote, and reports."""
+    shards = _finished(folder, layout, fingerprint)
+    if len(shards) < len(kept) + written:
+        raise UserError(
+            f"{folder}: expected {len(kept) + written} files, found {len(shards)}; do all "
+            "processes write to the same directory?"
+        )
+    manifest = FeatureManifest(fingerprint, layout, tuple(shards.values()))
+    write_text(folder / MANIFEST, manifest.to_json())
+    _report(mixture, manifest, [shards[file] for file in shards if file not in kept])
+
+
+def _whole_files(folder: epath.Path, layout: Layout, fingerprint: str) -> list[str]:
+    """Makes the directory, or looks whether it is to be gone on with; returns its whole files.
+
+    The keys that belong to them are written anew, of their records. Processes share the reading,
+    so that none waits for long.
+    """
+    names = on_first_process(functools.partial(_files, folder, layout, fingerprint), folder)
+    files = json.loads(text_to_all(json.dumps(names)))
+
+    def is_whole(row: int) -> bool:
+        shard = finished_shard(folder, files[row], _of_shard(layout, fingerprint))
+        if shard is None or not shard.records or not _is_undamaged(folder, shard):
+            return False
+        write_keys(folder, shard.file, record_keys(folder, shard.file))
+        return True
+
+    whole = _shared(is_whole, len(files), "file")
+    for file, one in zip(files, whole, strict=True):
+        if not one and jax.process_index() == 0:
+            logging.warning("%s is not whole, or empty: its images are computed again", file)
+    return [file for file, one in zip(files, whole, strict=True) if one]
+
+
+def _files(folder: epath.Path, layout: Layout, fingerprint: str) -> list[str]:
+    """Makes the directory, or looks whether all files in it are of these features."""
     found = read_feature_manifest(folder)
     others = found is not None and (found.fingerprint, found.layout) != (fingerprint, layout)
     with reporting(folder):
@@ -311,14 +344,19 @@ def _prepare_directory(folder: epath.Path, layout: Layout, fingerprint: str) -> 
             f"--workdir: expected nothing, or features of the same segmenter and dtype, found "
             f"others in {folder}; remove it first"
         )
-    kept = [
-        file
-        for file, shard in _finished(folder, layout, fingerprint).items()
-        if shard.records and _is_undamaged(folder, shard)
-    ]
-    for file in set(files) - set(kept):
-        logging.warning("%s is not whole, or empty: its images are computed again", folder / file)
-    return kept
+    return files
+
+
+def _make_room(folder: epath.Path, kept: Sequence[str], images: int, layout: Layout) -> None:
+    """Looks whether so many images more have room, and removes all files but those that are kept.
+
+    Raises:
+      UserError: they have none.
+    """
+    require_space(Path(folder) / "features-*", images * layout.record_bytes)
+    with reporting(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)  # it is not whole until the end
+        remove_leftovers(folder, _SHARDS, kept)
 
 
 def _finished(folder: epath.Path, layout: Layout, fingerprint: str) -> dict[str, Shard]:
@@ -344,33 +382,33 @@ def _is_undamaged(folder: epath.Path, shard: Shard) -> bool:
 def _without_features(
     folder: epath.Path, files: Sequence[str], mixture: Mixture, rows: Sequence[int]
 ) -> Bool[np.ndarray, " n"]:
-    """Whether each picture has no record in these files, or cannot be read now.
-
-    The keys that belong to the files are written anew, of their records.
-    """
+    """Whether each picture has no record in these files, or cannot be read now."""
     if not files:
         return np.ones(len(rows), bool)
-    keys = [record_keys(folder, file) for file in files]
-    for file, own in zip(files, keys, strict=True):
-        _write_keys(folder, file, own)
-    known = set(itertools.chain(*keys))
+    known = np.sort(np.concatenate([np.load(folder / keys_name(file)) for file in files]))
+
+    def is_missing(row: int) -> bool:
+        image, key, _ = _read(mixture, rows[row])
+        if image is None:
+            return True
+        [short] = short_keys([key])
+        at = int(np.searchsorted(known, short))
+        return at == len(known) or bool(known[at] != short)
+
+    return _shared(is_missing, len(rows), "image")
+
+
+def _shared(work: Callable[[int], bool], length: int, unit: str) -> Bool[np.ndarray, " n"]:
+    """What `work` says of each of so many things, which processes and their threads share."""
+    mine = range(jax.process_index(), length, jax.process_count())
+    found = np.zeros(length, bool)
     with (
         ThreadPoolExecutor(_threads()) as pool,
-        tqdm(total=len(rows), unit="image", desc="looked up") as bar,
+        tqdm(pool.map(work, mine), total=len(mine), unit=unit, desc="looked up") as answers,
     ):
-
-        def is_missing(row: int) -> bool:
-            key = _read(mixture, row)[1]
-            bar.update()
-            return key not in known
-
-        return np.fromiter(pool.map(is_missing, rows), bool, len(rows))
-
-
-def _to_all(found: Bool[np.ndarray, " n"] | None, length: int) -> Bool[np.ndarray, " n"]:
-    """What process 0 has found, on each process."""
-    given = np.zeros(length, bool) if found is None else found
-    return given if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(given)
+        for row, answer in zip(mine, answers, strict=True):
+            found[row] = answer
+    return found if jax.process_count() == 1 else multihost_utils.process_allgather(found).any(0)
 
 
 def _new_name(folder: epath.Path, images: Sequence[str]) -> str:
@@ -406,15 +444,9 @@ def _write(
                     )
                 keys.append(key)
                 yield layout.encode(key, features)
-        _write_keys(folder, file, keys)  # before the file counts as finished
+        write_keys(folder, file, keys)  # before the file counts as finished
 
     write_shard(folder, file, _of_shard(layout, fingerprint), records())
-
-
-def _write_keys(folder: epath.Path, file: str, keys: Sequence[bytes]) -> None:
-    path = folder / keys_name(file)
-    with reporting(path), whole_file(path) as local, local.open("wb") as opened:
-        np.save(opened, short_keys(keys))
 
 
 def _encoded(

@@ -198,6 +198,16 @@ def joined(cluster: Cluster | None, timeout: int) -> Iterator[None]:
             jax.distributed.shutdown()
 
 
+def text_to_all(text: str) -> str:
+    """The text that process 0 gives, on each process."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
+    sent = content if jax.process_index() == 0 else np.zeros(length, np.uint8)
+    return multihost_utils.broadcast_one_to_all(sent).tobytes().decode()
+
+
 def on_first_process(work: Callable[[], T], workdir: os.PathLike[str] | str) -> T | None:
     """What process 0 does for all; the others wait for it, and stop where it cannot.
 

@@ -14,7 +14,7 @@ from data_pipelines.features import (
     Layout,
     image_key,
     keys_name,
-    short_keys,
+    write_keys,
 )
 from data_pipelines.record_files import shard_name, write_shard
 from evf_sam_jax.errors import UserError
@@ -37,7 +37,7 @@ def write(directory: Path, dtype: str = "float32") -> FeatureStore:
         keys = [image_key(IMAGES[i]) for i in rows]
         records = [layout.encode(key, features(i)) for key, i in zip(keys, rows, strict=True)]
         shard = write_shard(directory, shard_name("features", number, 2), "as is", records)
-        np.save(directory / keys_name(shard.file), short_keys(keys))
+        write_keys(directory, shard.file, keys)
         shards.append(shard)
     manifest = FeatureManifest("0123", layout, tuple(shards))
     (directory / MANIFEST).write_text(manifest.to_json())
@@ -85,7 +85,7 @@ def test_an_image_is_told_by_its_pixels_and_size(tmp_path: Path):
     np.testing.assert_array_equal(store.read(IMAGES[1].copy(order="F"))[0], features(1)[0])
 
 
-def test_another_process_reads_the_same(tmp_path: Path):
+def test_a_store_that_was_pickled_reads_the_same(tmp_path: Path):
     store = write(tmp_path / "features")
     store.read(IMAGES[0])  # has files open
     again = pickle.loads(pickle.dumps(store))
@@ -170,3 +170,20 @@ def test_a_record_is_as_long_as_was_said_beforehand():
     for dtype in ("float32", "bfloat16", "int8"):
         layout = Layout(SHAPES, dtype)
         assert len(layout.encode(bytes(16), features(0))) == layout.record_bytes
+
+
+def test_a_bucket_is_refused():
+    with pytest.raises(UserError, match="data.features: expected a local or mounted directory"):
+        FeatureStore("gs://bucket/features")
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def opened() -> int:
+        files = (path for path in Path("/proc/self/fd").iterdir() if path.exists())
+        return sum(path.readlink().parent == tmp_path / "features" for path in files)
+
+    monkeypatch.setattr("data_pipelines.features.OPEN_FILES", 1)
+    store = write(tmp_path / "features")
+    for i in (0, 4, 1, 3, 2):
+        np.testing.assert_array_equal(store.read(IMAGES[i])[0], features(i)[0])
+        assert opened() == 1
