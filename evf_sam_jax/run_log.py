@@ -75,10 +75,13 @@ FREE = (
     "data.threads",
     "feature_cache",
 )
-# What runs had before there was a key for it.
-ADDED = {"data.features": "", "model.encoder.normalisation": "openai"}
 # Likewise up to rounding; it is said.
 RESHAPING = ("mesh",)
+# Of the data, which images have features. Where some were added, examples that were left out are
+# trained on; that is said, too.
+FEATURE_IMAGES = "data.features.images"
+# What runs had before there was a key for it.
+ADDED = {"data.features": "", "model.encoder.normalisation": "openai"}
 
 
 def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]) -> list[str]:
@@ -88,7 +91,7 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
       data: place of each data set in the config -> fingerprint of its annotations.
 
     Returns:
-      What has changed of its mesh, a sentence each.
+      What has changed of its mesh and of what has features, a sentence each.
 
     Raises:
       UserError: it holds something else, or another run; the first difference is named.
@@ -112,24 +115,28 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
         raise UserError(
             f"--workdir {workdir}: expected a training run, found a run of another kind"
         )
-    reshaped = []
+    said = []
     for key, old, new in _differences(before, now):
         if old is None and key in ADDED and new == ADDED[key]:
             continue
         if key.startswith(RESHAPING):
-            reshaped.append(f"{key}: {old!r} before, {new!r} now")
+            said.append(f"another mesh: {key}: {old!r} before, {new!r} now")
         elif not key.startswith(FREE):
             raise UserError(
                 f"--workdir {workdir}: expected the run that is there, with {key} = {old!r}, "
                 f"found {new!r}; another run needs another directory"
             )
     for name in sorted({*made_of, *data}):
-        if made_of.get(name) != data.get(name):
+        if made_of.get(name) == data.get(name):
+            continue
+        if name == FEATURE_IMAGES:
+            said.append("features of other images than before")
+        else:
             raise UserError(
                 f"--workdir {workdir}: expected the data that the run began with, found other in "
                 f"{name}"
             )
-    return reshaped
+    return said
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -275,8 +282,20 @@ class RunLog:
 class SkippedLog:
     """Names examples that could not be read in `skipped.jsonl`, and stops at too many."""
 
-    def __init__(self, log: RunLog, stage: str, describe: Callable[[int], str], max_skipped: int):
-        self._log, self._stage, self._describe = log, stage, describe
+    def __init__(
+        self,
+        log: RunLog,
+        stage: str,
+        describe: Callable[[int], str],
+        why: Callable[[int], str],
+        max_skipped: int,
+    ):
+        """
+        Args:
+          describe: of an example, its name.
+          why: of one that could not be read, the reason; "" if it can be by now.
+        """
+        self._log, self._stage, self._describe, self._why = log, stage, describe, why
         # A run that goes on has skipped some already.
         self._max, self._count = max_skipped, log.skipped_before(stage)
         self._held_out: set[str] = set()
@@ -289,12 +308,14 @@ class SkippedLog:
         """
         for index in skipped_id[skipped_id >= 0].tolist():
             self._count += 1
-            name = self._describe(index)
-            self._log.skipped({"stage": self._stage, "step": step, "example": name})
+            name, reason = self._describe(index), self._why(index)
+            record = {"stage": self._stage, "step": step, "example": name, "reason": reason}
+            self._log.skipped(record)
             if self._count > self._max:
                 raise UserError(
                     f"{self._stage}, step {step}: expected at most data.max_skipped = {self._max} "
                     f"examples that cannot be read, found more (skipped.jsonl); the last: {name}"
+                    + (f": {reason}" if reason else "")
                 )
 
     def add_held_out(self, step: int, name: str) -> None:

@@ -89,7 +89,7 @@ def train(config: ExperimentConfig, workdir: epath.PathLike) -> IouSums | None:
     notes = _open_workdir(config, workdir, data, stages)
     with RunLog(workdir, silent=not first) as log, PreemptionNotice() as notice:
         for note in notes:
-            log.line(f"going on with another mesh: {note}")
+            log.line(f"going on with {note}")
         shapes = param_shapes(config.model)
         log.line(parameter_overview.get_parameter_overview(shapes, include_stats=False))
         if (workdir / "model" / "manifest.json").exists():
@@ -146,7 +146,9 @@ def run_stage(
         start = int(state.step)
         names = [other.name for other in experiment.stages]
         log.forget_after(names[names.index(name) :], start)
-        skipped = SkippedLog(log, name, data.mixture.describe, experiment.data.max_skipped)
+        skipped = SkippedLog(
+            log, name, data.mixture.describe, data.why_unread, experiment.data.max_skipped
+        )
         check_placement(state, stage.placement)
         _describe(stage, state, start, log)
         count_step = make_count_step(stage.model, stage.prompts, mesh)
@@ -304,7 +306,7 @@ def _describe(stage: Stage, state: TrainState, start: int, log: RunLog) -> None:
 
 
 def _progress(stage: Stage, log: RunLog, start: int, batch: Batch) -> Progress:
-    peak = peak_flops(stage.mesh.devices.flat[0])
+    peak = peak_flops(stage.mesh.devices.flat[0].device_kind)
     return Progress(
         log,
         stage.config.name,

@@ -24,6 +24,7 @@ from evf_sam_jax.experiment import (
     StageConfig,
 )
 from evf_sam_jax.model_inputs import tower_images
+from evf_sam_jax.run_log import FEATURE_IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,19 @@ class TrainingData:
         if self.features is not None:
             manifest = self.features.manifest
             found["data.features"] = f"{manifest.fingerprint} {manifest.layout.dtype}"
+            found[FEATURE_IMAGES] = self.features.images_fingerprint()
         return found
+
+    def why_unread(self, index: int) -> str:
+        """Why an example of the mixture cannot be trained on; "" if it can, or could by now."""
+        try:
+            phrases = range(self.mixture.phrase_count(index))
+            image = self.mixture.read(index, phrases).image
+            if self.features is not None:
+                self.features.read(image)
+        except UserError as error:
+            return str(error)
+        return ""
 
 
 def batch_spec(

@@ -38,7 +38,7 @@ from evf_sam_jax.models.evf_sam import EvfSamConfig
 from evf_sam_jax.models.sam2.config import Sam2Config
 from evf_sam_jax.param_rules import Params
 from evf_sam_jax.preemption import PreemptionNotice
-from evf_sam_jax.run_log import RunLog
+from evf_sam_jax.run_log import RunLog, make_workdir, resume_workdir
 from evf_sam_jax.sharding import MeshConfig, make_mesh
 from evf_sam_jax.stage import make_stage
 from evf_sam_jax.train import make_stages, run_stage
@@ -177,7 +177,8 @@ from tests.evf_sam_jax.test_feature_cache import SAM, mixture, train_on
 
 def main(argv):
     with processes.joined_by_flags():
-        write_features(SAM, mixture(), argv[1])
+        write_features(SAM, mixture(3), argv[1])
+        write_features(SAM, mixture(), argv[1])  # looks up what is there
         train_on(FeatureStore(argv[1]), 2, Path(argv[2]))
 
 processes.define_flags()
@@ -199,9 +200,7 @@ def test_two_processes_write_and_read_what_one_does(sam_features: Path, tmp_path
     assert [process.wait() for process in running] == [0, 0]
     one, two = FeatureStore(sam_features), FeatureStore(together)
     assert two.manifest.fingerprint == one.manifest.fingerprint
-    assert [(x.file, x.records) for x in two.manifest.shards] == [
-        (x.file, x.records) for x in one.manifest.shards
-    ]
+    assert two.manifest.images == one.manifest.images == IMAGES
     for row in range(IMAGES):
         image = mixture().read(row, ()).image
         for found, expected in zip(two.read(image), one.read(image), strict=True):
@@ -378,13 +377,19 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest
     assert write_features(SAM, Mixture((source,), (1.0,)), tmp_path / "features").images == 4
 
 
-def test_an_image_without_features_is_skipped_and_counted(sam_features: Path):
+def test_an_image_without_features_is_skipped_and_counted(
+    sam_features: Path, caplog: pytest.LogCaptureFixture
+):
     stage = make_stage(SAM, dataclasses.replace(STAGE, steps=8), make_mesh(SAM.mesh))
     more = data(FeatureStore(sam_features), IMAGES + 2)
-    check_features(SAM, more)  # most have them
+    with caplog.at_level("WARNING"):
+        check_features(SAM, more)  # most have them
+    assert f"2 of {IMAGES + 2} images that were looked up have none" in caplog.text
     batches = list(stage.batches(more, TOKENIZER))
     skipped = {int(one) for batch in batches for one in batch.skipped_id if one >= 0}
     assert skipped == {IMAGES, IMAGES + 1}
+    assert "expected features of these pixels, found none" in more.why_unread(IMAGES)
+    assert more.why_unread(0) == ""
     assert not any(np.isin(batch.example_id, list(skipped)).any() for batch in batches)
 
 
@@ -442,6 +447,16 @@ def test_a_run_is_told_features_of_another_dtype_from_its_own(sam_features: Path
     different = one.fingerprints().items() ^ other.fingerprints().items()
     assert {name for name, _ in different} == {"data.features"}
     assert "data.features" not in data().fingerprints()
+
+
+def test_a_run_goes_on_with_features_of_more_images_and_says_so(sam_features: Path, tmp_path: Path):
+    shutil.copytree(sam_features, tmp_path / "features")
+    before = data(FeatureStore(tmp_path / "features")).fingerprints()
+    make_workdir(tmp_path / "run", SAM, before)
+    assert resume_workdir(tmp_path / "run", SAM, before) == []
+    write_features(SAM, mixture(IMAGES + 1), tmp_path / "features")
+    now = data(FeatureStore(tmp_path / "features")).fingerprints()
+    assert resume_workdir(tmp_path / "run", SAM, now) == ["features of other images than before"]
 
 
 def test_the_fingerprint_changes_with_all_that_features_depend_on():

@@ -572,8 +572,8 @@ def test_another_mesh_may_go_on_and_is_said(tmp_path: Path):
     make_workdir(tmp_path, experiment(), {})
     changed = experiment(mesh=MeshConfig(data=0, fsdp=4, min_size=64))
     assert resume_workdir(tmp_path, changed, {}) == [
-        "mesh.data: 1 before, 0 now",
-        "mesh.fsdp: 1 before, 4 now",
+        "another mesh: mesh.data: 1 before, 0 now",
+        "another mesh: mesh.fsdp: 1 before, 4 now",
     ]
 
 

@@ -45,7 +45,9 @@ def test_examples_are_skipped_once_though_a_run_goes_on(tmp_path: Path):
     skipped = np.array([-1, 7], np.int32)
 
     def skip(log: RunLog, steps: Iterable[int]) -> SkippedLog:
-        found = SkippedLog(log, "referring", lambda index: f"image {index}", max_skipped=3)
+        found = SkippedLog(
+            log, "referring", lambda index: f"image {index}", lambda _: "no file", max_skipped=3
+        )
         for step in steps:
             found.add(step, skipped)
         found.add_held_out(4, "image 9")
@@ -56,9 +58,11 @@ def test_examples_are_skipped_once_though_a_run_goes_on(tmp_path: Path):
     with RunLog(tmp_path, progress=io.StringIO()) as log:
         log.forget_after(["referring"], 2)
         going_on = skip(log, [3])
-        with pytest.raises(UserError, match="at most data.max_skipped = 3 examples .* image 7"):
+        said = "at most data.max_skipped = 3 examples .* image 7: no file"
+        with pytest.raises(UserError, match=said):
             going_on.add(4, skipped)
-    lines = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    lines = list(map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines()))
+    assert {line.get("reason") for line in lines if "held_out" not in line} == {"no file"}
     assert [(line["step"], line["example"]) for line in lines] == [
         (1, "image 7"),
         (2, "image 7"),
