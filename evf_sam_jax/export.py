@@ -305,11 +305,7 @@ def _read_config(
     model: str | os.PathLike, manifest: model_dir.Manifest, dtype: str
 ) -> evf_sam.EvfSamConfig:
     """Returns the model's config with `dtype`; raises UserError where it cannot be exported."""
-    missing = [key for key in ("encoder", "segmenter") if key not in manifest.config]
-    if missing:
-        raise UserError(
-            f"{model}: expected a whole EVF-SAM model, found one without {' and '.join(missing)}"
-        )
+    model_dir.check_whole(model, manifest)
     if not manifest.has_tokenizer:
         raise UserError(
             f"{model}: expected a model directory with tokenizer files, found none in it; "

@@ -157,6 +157,15 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         raise UserError(f"{file} is not a manifest: {error}") from None
 
 
+def check_whole(path: str | os.PathLike, manifest: Manifest) -> None:
+    """Raises UserError if the directory of this manifest lacks the encoder or the segmenter."""
+    missing = [tower for tower in ("encoder", "segmenter") if tower not in manifest.config]
+    if missing:
+        raise UserError(
+            f"{path}: expected a whole EVF-SAM model, found one without {' and '.join(missing)}"
+        )
+
+
 def load_params(
     path: str | os.PathLike,
     dtype: str | None = None,

@@ -224,8 +224,9 @@ class Predictor:
           path: written by `python -m convert` or at the end of a training.
           dtype: "float32" for the original's numbers, "bfloat16" for speed and half the memory.
           antialias: as of `model_inputs.tower_images`.
-          int8: "weights" for a third of float32's memory, "weights_and_activations" for products
-            of 8-bit integers too, see `models/quantized.py`; "" for neither.
+          int8: "weights" for linear layers in a quarter of float32's memory,
+            "weights_and_activations" for products of 8-bit integers too, see
+            `models/quantized.py`; "" for neither.
 
         Raises:
           UserError: no model directory, one of another version, one without the whole model, a
@@ -235,20 +236,17 @@ class Predictor:
         if int8:
             quantized.check_choice(int8)
         manifest = model_dir.read_manifest(path)
-        missing = [key for key in ("encoder", "segmenter") if key not in manifest.config]
-        if missing:
-            raise UserError(
-                f"{path}: expected a whole EVF-SAM model, found one without {' and '.join(missing)}"
-            )
+        model_dir.check_whole(path, manifest)
         config = evf_sam.with_dtype(evf_sam.EvfSamConfig.from_dict(manifest.config), dtype)
         tokenizer = None
         if manifest.has_tokenizer:
             # Whoever asks shall know that the end would not be read.
             tokenizer = model_inputs.load_tokenizer(path, config, truncates=False)
-        params = _load_params(path, config, dtype)
-        if int8:
-            config, params = quantized.quantize(config, params, int8)
-        return cls(config, params, tokenizer, antialias)
+        if not int8:
+            return cls(config, _load_params(path, config, dtype), tokenizer, antialias)
+        small, quantize = quantized.quantizer(config, int8)
+        params = _load_params(path, config, dtype, store=quantize)
+        return cls(small, params, tokenizer, antialias)
 
     @classmethod
     def load_segmenter(cls, path: str | os.PathLike, dtype: str = "float32") -> "Predictor":
@@ -304,10 +302,10 @@ class Predictor:
           no_target_pixels: a mask of fewer positive pixels says that there is no such thing.
 
         Raises:
-          UserError: no prompt, or as many of one kind as not of another; both `texts` and
-            `text_ids`; an empty or too long a phrase; texts without a tokenizer; ids outside the
-            vocabulary; coordinates that are outside the image or no numbers; an image without
-            pixels.
+          UserError: no prompt, or different numbers of phrases, points, boxes and masks; both
+            `texts` and `text_ids`; an empty or too long a phrase; texts without a tokenizer; ids
+            outside the vocabulary; coordinates that are outside the image or no numbers; an image
+            without pixels.
         """
         job = Job(
             image,
@@ -522,7 +520,8 @@ class Predictor:
           images: the most images encoded at a time.
           prompts: the most prompts decoded at a time.
           tokens: of the longest phrase.
-          points: also a few points and a box, alone and with a phrase.
+          points: also a point or a box, alone and with a phrase; more points are compiled for when
+            they are first asked.
           multimask: also several masks a prompt.
         """
         blank = self.prepare_image(np.zeros((1, 1, 3), np.uint8))
@@ -746,17 +745,24 @@ def check_parameters(path: str | os.PathLike, config: evf_sam.EvfSamConfig, only
 
 
 def _load_params(
-    path: str | os.PathLike, config: evf_sam.EvfSamConfig, dtype: str, only: str = ""
+    path: str | os.PathLike,
+    config: evf_sam.EvfSamConfig,
+    dtype: str,
+    only: str = "",
+    store: Callable[[str, jax.Array], Any] = lambda _, leaf: leaf,
 ) -> evf_sam.Params:
     """The parameters, on the device, whose paths begin with `only`; those of products in `dtype`.
+
+    Args:
+      store: makes of each, of its path and array, what is kept.
 
     Raises:
       UserError: they are not those of the config.
     """
     check_parameters(path, config, only)
 
-    def place(name: str, leaf: np.ndarray) -> jax.Array:
-        return jax.device_put(leaf.astype(evf_sam.param_dtype(name, dtype)))
+    def place(name: str, leaf: np.ndarray) -> Any:
+        return store(name, jax.device_put(leaf.astype(evf_sam.param_dtype(name, dtype))))
 
     return model_dir.load_params(path, only="^" + only, place=place)
 

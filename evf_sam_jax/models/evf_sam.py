@@ -77,6 +77,10 @@ class EvfSamConfig:
         """The model as a Flax module with the methods of `EvfSam`."""
         return EvfSam(self)
 
+    def in_floats(self, params: Params) -> Params:
+        """The parameters as arrays of floats, some of which may be stored otherwise."""
+        return params
+
     @classmethod
     def tiny(cls) -> "EvfSamConfig":
         """A model for tests."""
@@ -222,8 +226,9 @@ def encode_image(
     chunk has images of each; neither they nor their features move.
 
     Args:
-      sam_image: resized so that its longer side is the frame's, top-left, not normalised.
-      sam_size: height and width of the content.
+      sam_image: in the segmenter's frame as `TowerImages.segmenter` brings it there, padded or
+        stretched; not normalised.
+      sam_size: height and width of the content, the frame's where it is stretched.
       finished: whether they are for `decode`; otherwise what `finish_features` does is left out.
     """
 
@@ -292,7 +297,8 @@ def image_cls_attention(
     """
     attention = attention_of(config.encoder)
     assert attention is not None, "whoever asks has looked whether there is one"
-    return attention(config.encoder, params["encoder"], encoder_image, text_ids, text_valid)
+    encoder = config.in_floats(params["encoder"])
+    return attention(config.encoder, encoder, encoder_image, text_ids, text_valid)
 
 
 def dense_positions(config: EvfSamConfig, params: Params) -> Float[Array, "g g c"]:

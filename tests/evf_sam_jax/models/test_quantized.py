@@ -12,8 +12,11 @@ import pytest
 from evf_sam_jax import model_dir
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import evf_sam, quantized
+from evf_sam_jax.models.clip import ClipConfig
+from evf_sam_jax.models.efficient_sam.config import EfficientSamConfig
 from evf_sam_jax.models.evf_sam import MATRICES
 from evf_sam_jax.models.sam2.config import Sam2Config
+from evf_sam_jax.models.vilt import ViltConfig
 from tests.evf_sam_jax.tiny_experiment import MODEL
 
 
@@ -22,6 +25,14 @@ def leaves() -> dict[str, jax.Array]:
     """By path; no bias is zero."""
     params = evf_sam.init_params(MODEL, jax.random.key(0))
     return {path: leaf + 0.01 for path, leaf in model_dir.path_leaves(params).items()}
+
+
+def quantize(
+    model: evf_sam.EvfSamConfig, params: evf_sam.Params, int8: str
+) -> tuple[evf_sam.EvfSamConfig, evf_sam.Params]:
+    config, store = quantized.quantizer(model, int8)
+    flat = model_dir.path_leaves(params)
+    return config, model_dir.nest({path: store(path, leaf) for path, leaf in flat.items()})
 
 
 def params_of_model() -> evf_sam.Params:
@@ -37,6 +48,8 @@ def outputs(config: evf_sam.EvfSamConfig, params: evf_sam.Params) -> list[np.nda
         config, params, frame, jnp.full((1, 2), side)
     )
     image = jnp.asarray(rng.normal(size=(1, small, small, 3)), jnp.float32)
+    if config.encoder.family == "vilt":  # whose images say where they are
+        image = jnp.concatenate([image, jnp.ones_like(image[..., :1])], axis=-1)
     valid = jnp.asarray([[[True] * 5, [True] * 3 + [False] * 2]])
     ids = jnp.where(valid, jnp.asarray(rng.integers(4, 100, (1, 2, 5)), jnp.int32), 1)
     prompts = jax.jit(evf_sam.encode_phrases, static_argnums=0)(config, params, image, ids, valid)
@@ -54,7 +67,7 @@ def rounded(path: str, leaf: jax.Array) -> jax.Array:
 
 
 def test_weights_in_8_bits_are_the_model_with_rounded_kernels():
-    config, params = quantized.quantize(MODEL, params_of_model(), "weights")
+    config, params = quantize(MODEL, params_of_model(), "weights")
     near = model_dir.nest({path: rounded(path, leaf) for path, leaf in leaves().items()})
     for found, expected, exact in zip(
         outputs(config, params),
@@ -67,7 +80,7 @@ def test_weights_in_8_bits_are_the_model_with_rounded_kernels():
 
 
 def test_kernels_of_linear_layers_have_8_bits_and_nothing_else():
-    _, params = quantized.quantize(MODEL, params_of_model(), "weights")
+    _, params = quantize(MODEL, params_of_model(), "weights")
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/array/qvalue")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -80,7 +93,7 @@ def test_kernels_of_linear_layers_have_8_bits_and_nothing_else():
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_inputs_in_8_bits_are_near(dtype: str):
     model = evf_sam.with_dtype(MODEL, dtype)
-    config, params = quantized.quantize(model, params_of_model(), "weights_and_activations")
+    config, params = quantize(model, params_of_model(), "weights_and_activations")
     for found, exact in zip(
         outputs(config, params), outputs(MODEL, params_of_model()), strict=True
     ):
@@ -89,28 +102,47 @@ def test_inputs_in_8_bits_are_near(dtype: str):
 
 
 def test_the_segmenter_alone_can_be_quantised():
-    config, params = quantized.quantize(
-        MODEL, {"segmenter": params_of_model()["segmenter"]}, "weights"
-    )
+    config, params = quantize(MODEL, {"segmenter": params_of_model()["segmenter"]}, "weights")
     assert set(params) == {"segmenter"}
     assert "int8" in str(jax.eval_shape(lambda: params))
     assert config.segmenter == MODEL.segmenter
 
 
+def test_where_the_image_cls_looks_is_found_in_8_bits_too():
+    config, params = quantize(MODEL, params_of_model(), "weights")
+    side = MODEL.encoder.image_size
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(1, side, side, 3)), jnp.float32)
+    ids = jnp.full((1, 1, 3), 5)
+    near = model_dir.nest({path: rounded(path, leaf) for path, leaf in leaves().items()})
+    found, expected = (
+        evf_sam.image_cls_attention(model, given, image, ids, ids > 0)
+        for model, given in ((config, params), (MODEL, near))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+TOWERS = {
+    "sam2": {"segmenter": dataclasses.replace(Sam2Config.tiny(), dtype="float32")},
+    "efficient_sam": {"segmenter": EfficientSamConfig.tiny()},
+    "clip": {"encoder": ClipConfig.tiny()},
+    "vilt": {"encoder": ViltConfig.tiny()},
+}
+
+
 @pytest.mark.slow
-def test_sam2_can_be_quantised():
-    segmenter = dataclasses.replace(Sam2Config.tiny(), dtype="float32")
-    model = dataclasses.replace(MODEL, segmenter=segmenter)
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_of_other_families_can_be_quantised(family: str):
+    model = evf_sam.with_dtype(dataclasses.replace(MODEL, **TOWERS[family]), "float32")
     params = evf_sam.init_params(model, jax.random.key(1))
-    config, small = quantized.quantize(model, params, "weights")
+    config, small = quantize(model, params, "weights")
     for found, exact in zip(outputs(config, small), outputs(model, params), strict=True):
         assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
 
 
 def test_mistakes_are_one_sentence(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError) as error:
-        quantized.quantize(MODEL, params_of_model(), "w4")
+        quantized.quantizer(MODEL, "w4")
     assert str(error.value) == "int8: expected weights or weights_and_activations, found 'w4'"
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="int8: expected qwix, found none"):
-        quantized.quantize(MODEL, params_of_model(), "weights")
+        quantized.quantizer(MODEL, "weights")
