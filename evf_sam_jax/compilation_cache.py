@@ -33,6 +33,8 @@ def keep_compiled() -> None:
     Raises:
       UserError: the directory that was given cannot be written.
     """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     flag = flags.FLAGS["compilation_cache"]
     if not flag.present and jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -44,8 +46,6 @@ def keep_compiled() -> None:
         logging.warning("%s; compiled programs are not kept", said)
         directory = None
     jax.config.update("jax_compilation_cache_dir", directory)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 def _unusable(directory: str) -> str | None:

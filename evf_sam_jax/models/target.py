@@ -39,7 +39,15 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 def current_target() -> Target:
     """Returns what is traced for."""
-    return _target.get() or target_of(jax.local_devices()[0])
+    return _target.get() or target_of(_default_device())
+
+
+def _default_device() -> Any:
+    """Where jax puts what is said to be nowhere."""
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return chosen or jax.local_devices()[0]
 
 
 def target_of(device: Any) -> Target:

@@ -50,13 +50,20 @@ def test_the_flag_goes_before_jaxs_own_setting(
     assert done.stdout.splitlines()[0] == f"kept in: {expected.format(users=tmp_path)}", done.stderr
 
 
-@pytest.mark.parametrize(("of_jax", "expected"), [(None, "0.1"), ("3", "3.0")])
+@pytest.mark.parametrize(
+    ("directory", "seconds", "expected"),
+    [(None, None, "0.1"), (None, "3", "3.0"), ("/jaxs", None, "0.1")],
+)
 def test_what_compiles_within_a_second_is_kept_too_unless_jax_is_told_otherwise(
-    of_jax: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: str | None,
+    seconds: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    if of_jax is not None:
-        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", of_jax)
-    assert run(str(tmp_path), None).stdout.splitlines()[1] == f"from: {expected}"
+    if seconds is not None:
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", seconds)
+    assert run(str(tmp_path), directory).stdout.splitlines()[1] == f"from: {expected}"
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path):

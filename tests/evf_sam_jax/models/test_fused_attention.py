@@ -1,6 +1,7 @@
 """Folded positions and the kernels compute what the reference block of the original computes."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.models import attention, fused_attention
 from evf_sam_jax.models.attention import method_of
-from evf_sam_jax.models.target import Target, compiled_for, target_of
+from evf_sam_jax.models.target import Target, compiled_for, current_target, target_of
 
 ROWS, SIDE, WIDTH = 2, 16, 20
 TOKENS = SIDE * SIDE
 SCALE = WIDTH**-0.5
+VIT_H = (1, 64, 80)  # one head of a whole frame
 
 KERNELS = {
     # cuDNN's place is taken by XLA, which jax calls with the same arguments.
@@ -31,31 +33,36 @@ def interpreter():
         yield
 
 
-def operands(biased: bool, dtype: str = "float32") -> list[jax.Array]:
+def operands(
+    biased: bool, dtype: str = "float32", size: tuple[int, int, int] = (ROWS, SIDE, WIDTH)
+) -> list[jax.Array]:
     rng = np.random.default_rng(0)
-    shapes = 3 * [(ROWS, TOKENS, WIDTH)] + 2 * biased * [(ROWS, TOKENS, SIDE)]
+    rows, side, width = size
+    shapes = 3 * [(rows, side**2, width)] + 2 * biased * [(rows, side**2, side)]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def reference(query, key, value, *biases) -> jax.Array:
     """`Attention.forward` and `add_decomposed_rel_pos` of the original: scores are kept whole."""
-    scores = jnp.einsum("nqd,nkd->nqk", query * SCALE, key)
+    scores = jnp.einsum("nqd,nkd->nqk", query * query.shape[-1] ** -0.5, key)
     if biases:
         h, w = biases
-        square = scores.reshape(ROWS, TOKENS, SIDE, SIDE)
+        square = scores.reshape(*h.shape[:2], h.shape[-1], w.shape[-1])
         scores = (square + h[..., :, None] + w[..., None, :]).reshape(scores.shape)
     return jnp.einsum("nqk,nkd->nqd", jax.nn.softmax(scores, axis=-1), value)
 
 
 def fused(name: str, *arrays) -> jax.Array:
     kernel, multiple = KERNELS[name]
-    return fused_attention.attend_fused(kernel, *arrays, scale=SCALE, multiple=multiple)
+    scale = arrays[0].shape[-1] ** -0.5
+    return fused_attention.attend_fused(kernel, *arrays, scale=scale, multiple=multiple)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_kernels_are_the_reference_block(name: str, biased: bool):
-    arrays = operands(biased)
+@pytest.mark.parametrize("size", [(ROWS, SIDE, WIDTH), VIT_H], ids=["small", "ViT-H"])
+def test_kernels_are_the_reference_block(name: str, biased: bool, size: tuple[int, int, int]):
+    arrays = operands(biased, size=size)
     np.testing.assert_allclose(fused(name, *arrays), reference(*arrays), atol=2e-6, rtol=0)
 
 
@@ -139,3 +146,13 @@ def test_devices_are_told_apart():
     assert target_of(Described("gpu", "9.0")) == Target("gpu", capability=9.0)
     assert target_of(Described("gpu", "gfx942")) == Target("gpu")
     assert target_of(jax.devices("cpu")[0]) == Target("cpu")
+
+
+def test_what_is_traced_is_for_jaxs_default_device(monkeypatch: pytest.MonkeyPatch):
+    cpu = jax.devices("cpu")[0]
+    by_backend = {None: SimpleNamespace(platform="gpu", compute_capability="9.0"), "cpu": cpu}
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: [by_backend[backend]])
+    assert current_target() == HOPPER
+    for chosen in (cpu, "cpu"):
+        with jax.default_device(chosen):
+            assert current_target() == Target("cpu")
