@@ -1,1 +1,1 @@
-"""One script per claim, each beside a peer; the tables are in RESULTS.md."""
+"""One script a measurement, beside a peer where there is one; RESULTS.md has what they printed."""

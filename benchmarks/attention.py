@@ -11,6 +11,7 @@ of queries with keys and of weights with values, without positions.
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -57,7 +58,7 @@ def operands(case: Case, dtype: str) -> list[jax.Array]:
 
 
 def folded_tiles(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """A kernel of `fused_attention`'s kind that is none."""
+    """Tiles as a `fused_attention.Kernel`."""
     return attend_square(query, key, value, scale=1.0)
 
 
@@ -65,28 +66,21 @@ def ways(target: Target, case: Case, dtype: str) -> dict[str, Callable[..., jax.
     """What is compared, by name; what is usual on CPUs comes first."""
     scale = case.width**-0.5
     side = case.side if case.positions else 0
-    kernels = {
-        "folded tiles": (folded_tiles, 8),
-        "folded, XLA's attention": (
-            functools.partial(fused_attention.cudnn, implementation="xla"),
-            8,
-        ),
-        "cudnn": (fused_attention.cudnn, fused_attention.CUDNN_MULTIPLE),
-        "flash": (fused_attention.flash, fused_attention.TPU_LANES),
-    }
+    xla = functools.partial(fused_attention.cudnn, implementation="xla")
     blocks = target.backend == "tpu" and fused_attention.flash_block(case.side**2) > 0
-    widest = {
-        "folded tiles": FLASH_WIDTH if case.positions else 0,
-        "folded, XLA's attention": FLASH_WIDTH,
-        "cudnn": cudnn_width(target) if dtype != "float32" else 0,
-        "flash": FLASH_WIDTH if blocks else 0,
-    }
+    eight, lanes = fused_attention.CUDNN_MULTIPLE, fused_attention.TPU_LANES
+    # With the widest queries that each takes here. Without positions nothing is folded into tiles.
+    kernels = (
+        ("folded tiles", folded_tiles, eight, math.inf if case.positions else 0),
+        ("folded, XLA's attention", xla, eight, math.inf),
+        ("cudnn", fused_attention.cudnn, eight, cudnn_width(target) if dtype != "float32" else 0),
+        ("flash", fused_attention.flash, lanes, FLASH_WIDTH if blocks else 0),
+    )
     found: dict[str, Callable[..., jax.Array]] = {
         "tiles": functools.partial(attend_square, scale=scale)
     }
-    for name, (kernel, multiple) in kernels.items():
-        width = fused_attention.folded_width(case.width, side, multiple)
-        if width <= widest[name]:
+    for name, kernel, multiple, widest in kernels:
+        if fused_attention.folded_width(case.width, side, multiple) <= widest:
             found[name] = functools.partial(
                 fused_attention.attend_fused, kernel, scale=scale, multiple=multiple
             )
@@ -108,13 +102,13 @@ def main() -> None:
 def compare(
     title: str,
     case: Case,
-    ways: dict[str, Callable[..., jax.Array]],
+    attends: dict[str, Callable[..., jax.Array]],
     options: argparse.Namespace,
 ) -> None:
     given = operands(case, options.dtype)
     runs: dict[str, Callable[[], object]] = {}
     exact: np.ndarray | None = None
-    for name, attend in ways.items():
+    for name, attend in attends.items():
         compiled = jax.jit(attend).lower(*given).compile()
         context = np.asarray(compiled(*given), np.float32)
         exact = context if exact is None else exact

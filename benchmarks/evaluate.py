@@ -135,10 +135,12 @@ def calls(model: EvaluatedModel, step: OnDevice) -> None:
 def operations(model: EvaluatedModel, step: OnDevice) -> int:
     """In matrix products, of all compiled calls of a step."""
     features = model.encode(*step.encoded)
-    decoded = (
-        count_flops(model.decode, features, step.encoder_image, *text) for text, _ in step.rounds
-    )
-    return count_flops(model.encode, *step.encoded) + sum(decoded)
+    found = count_flops(model.encode, *step.encoded)
+    for text, tiles in step.rounds:
+        found += count_flops(model.decode, features, step.encoder_image, *text)
+        logits, _ = model.decode(features, step.encoder_image, *text)
+        found += sum(count_flops(model.count, logits, step.sizes, *tile) for tile in tiles)
+    return found
 
 
 def rounds_of_first_step(reader: Reader) -> list[Round]:
@@ -158,7 +160,7 @@ def calls_of_steps(model: EvaluatedModel, step: OnDevice, number: int) -> None:
 
 def whole_job(model: EvaluatedModel, one: EvaluationSet, batch_size: int, workdir: Path) -> None:
     """All that the job does with a model and a set; what it prints is not shown."""
-    config = EvaluationJob("random", "shapes/val", batch_size=batch_size, phrases=PHRASES)
+    config = EvaluationJob("random", "made/val", batch_size=batch_size, phrases=PHRASES)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate_sets(config, [one], model, workdir)
 

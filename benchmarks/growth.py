@@ -9,7 +9,8 @@ is changed at a time; devices are virtual ones of this CPU, 8 images shared out 
 parameters split over all (ZeRO-3), so their time shows overhead and no speed. BEiT-3 has 3 of its
 12 layers there, since all devices are in this machine's memory; several are in a process of their
 own, with more threads than cores. Memory is what the compiler reserves on a device: inputs, outputs
-and temporaries. What RESULTS holds, of this machine, is not measured again.
+and temporaries. Points that the file of `--results` holds are not measured
+again, so each machine needs a file of its own.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.evf_sam import EvfSamConfig, Params, init_params, with_dtype
 from evf_sam_jax.models.sam.config import SamConfig
 from evf_sam_jax.param_rules import merge
+from evf_sam_jax.plan import program_bytes
 from evf_sam_jax.sharding import MeshConfig, make_mesh, put_batch
 from evf_sam_jax.stage import Stage, make_stage
 
@@ -99,15 +101,11 @@ def measure(point: Point, repeats: int) -> Cost:
             state, metrics = jax.block_until_ready(step(state, placed))
             seconds.append(time.perf_counter() - begin)
         assert np.isfinite(float(metrics.loss))
-    memory = step.memory_analysis()
-    assert memory is not None, "the compiler for CPUs says what a program needs"
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(0, fresh)
     seconds = seconds[1:]
     spread = statistics.median(seconds), min(seconds), max(seconds)
     return Cost(
         seconds=spread,
-        gigabytes=size / 1e9,
+        gigabytes=sum(program_bytes(step)) / 1e9,
         operations=stage.flops(batch) / 1e12,
         products=roof.operations[0] / 1e12,
         memory=roof.bandwidth[0] / 1e9,

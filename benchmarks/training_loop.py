@@ -30,11 +30,11 @@ from evf_sam_jax.losses import DICE_EPSILON, DICE_SCALE
 from evf_sam_jax.models.beit3 import Beit3Config
 from evf_sam_jax.models.sam.config import SamConfig
 
-STEPS = UPDATES = 3  # of a child process, after what is not timed
+STEPS = 3  # and as many updates, of a child process, after what is not timed
 
 
 def measure(step: Callable[[], object]) -> list[float]:
-    """Seconds of steps."""
+    """Seconds of each of some steps, or updates."""
     seconds = []
     for _ in range(STEPS):
         begin = time.perf_counter()
@@ -48,7 +48,7 @@ def ours(batch: Batch) -> dict[str, list[float]]:
     steps.run(steps.cached)  # compiles
     found = measure(lambda: steps.run(steps.cached))
     operations = [float(steps.flops(each)) for each in (steps.cached, steps.given)]
-    return {"step": found, "operations": operations, "update": update_seconds(steps)[:UPDATES]}
+    return {"step": found, "operations": operations, "update": update_seconds(steps)[:STEPS]}
 
 
 def row(batch: Batch, i: int) -> Batch:
@@ -116,12 +116,7 @@ def theirs(batch: Batch) -> dict[str, list[float]]:
         optimizer.step()
 
     update()  # makes the moments
-    seconds = []
-    for _ in range(UPDATES):
-        begin = time.perf_counter()
-        update()
-        seconds.append(time.perf_counter() - begin)
-    return {"step": found, "update": seconds}
+    return {"step": found, "update": measure(update)}
 
 
 CHILDREN = {"evf_sam_jax": ours, "PyTorch": theirs}

@@ -51,8 +51,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     A `scan` counts as often as it is long. Of a `cond` the most expensive branch counts. A
     `while_loop` counts as one pass, since how many there are is unknown before it runs.
 
-    It is traced as for a CPU, whatever the devices: a kernel is no equation to JAX and would count
-    nothing, and what is folded or padded for it is not the model's.
+    It is traced as for a CPU, whatever the devices: cuDNN's kernels are opaque to JAX and would
+    count nothing, and what is folded or padded for a kernel is not the model's.
 
     Args:
       args: trees of arrays or of `jax.ShapeDtypeStruct`.
@@ -92,9 +92,8 @@ def without_remat(config: EvfSamConfig) -> EvfSamConfig:
     )
 
 
-def peak_flops(device: Any) -> float | None:
-    """Returns the dense bfloat16 operations a second of a `jax.Device`; None where unknown."""
-    kind = device.device_kind
+def peak_flops(kind: str) -> float | None:
+    """Returns the dense bfloat16 operations a second of a `device_kind`; None where unknown."""
     return next((peak for pattern, peak in PEAK_FLOPS if re.fullmatch(pattern, kind)), None)
 
 
@@ -130,8 +129,6 @@ def _repeats(equation: JaxprEqn) -> int:
         case "shard_map":
             # Over the mesh's other axes the shapes inside are still those of the whole.
             return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-        case "pallas_call":
-            return math.prod(params["grid_mapping"].grid)
     return 1
 
 

@@ -277,12 +277,7 @@ def compile_step(stage: Stage, batch: Batch) -> dict[str, Any]:
     try:
         with jax.set_mesh(stage.mesh):
             compiled = stage.step().lower(stage.shapes, batch).compile()
-        memory = compiled.memory_analysis()
-        assert memory is not None, "the compilers for CPUs and TPUs say what a program needs"
-        arguments = memory.argument_size_in_bytes
-        # What is returned and takes no input's place is there beside the inputs.
-        fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        temporaries = memory.temp_size_in_bytes + max(0, fresh)
+        arguments, temporaries = program_bytes(compiled)
         sent = collective_bytes(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError as error:
         refused = str(error).strip().splitlines()[0]
@@ -295,6 +290,15 @@ def compile_step(stage: Stage, batch: Batch) -> dict[str, Any]:
         "compile_seconds": time.monotonic() - begun,
         "refused": refused,
     }
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Of each device: what a program is given, and what it takes beside that, results included."""
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the compilers for CPUs and TPUs say what a program needs"
+    # What is returned and takes no input's place is there beside the inputs.
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes, memory.temp_size_in_bytes + max(0, fresh)
 
 
 def batch_shapes(spec: BatchSpec, sharding: Any = None) -> Batch:

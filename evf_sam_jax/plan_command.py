@@ -1,13 +1,12 @@
 """The flags of `--mode plan`, and a plan for people."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
 from evf_sam_jax.experiment import PaperRow
-from evf_sam_jax.flops import PEAK_FLOPS
+from evf_sam_jax.flops import peak_flops
 from evf_sam_jax.plan import Device, StagePlan, plan_elsewhere
 from evf_sam_jax.progress import STEPS_AHEAD
 
@@ -176,7 +175,7 @@ def _times(plan: StagePlan, device: Device) -> list[str]:
     kind = device.device_kind or (plan.device_kind if plan.for_tpus else "")
     if not kind:
         return ["time: no --device_kind given"]
-    peak = next((peak for pattern, peak in PEAK_FLOPS if re.fullmatch(pattern, kind)), None)
+    peak = peak_flops(kind)
     if peak is None:
         return [f"time: the peak of {kind!r} is not known (evf_sam_jax/flops.py)"]
     least = plan.flops / (peak * plan.mesh[0] * plan.mesh[1])
