@@ -45,8 +45,8 @@ class Batch:
     S is the segmenter's frame, (H, W) the canvas that every target is placed on, top-left.
 
     Attributes:
-      sam_image: resized, top-left in the frame, not normalised (normalisation and padding happen
-        on the device).
+      sam_image: in the frame as `TowerImages.segmenter` brings it there, top-left or stretched; not
+        normalised (normalisation and padding happen on the device).
       sam_size: height and width of the content of `sam_image`.
       encoder_image: resized and normalised for the multimodal encoder (bicubic overshoots, so it
         cannot be uint8); where images differ in size, a fourth channel is 1 inside.

@@ -9,6 +9,7 @@ import pytest
 from tests.test_architecture import ROOT, tracked_files
 
 README = (ROOT / "README.md").read_text()
+PACKAGES = ("evf_sam_jax", "convert", "data_pipelines", "benchmarks")
 
 
 def code_blocks(language: str) -> list[str]:
@@ -52,7 +53,7 @@ def test_each_file_of_the_tree_has_a_comment():
 def test_modules_and_files_of_commands_exist():
     for line in shell_lines():
         for module in re.findall(r"python -m ([\w.]+)", line):
-            if module.split(".")[0] in ("evf_sam_jax", "convert", "data_pipelines"):
+            if module.split(".")[0] in PACKAGES:
                 assert module_sources(module), line
         for file in re.findall(r"(?:^|\s)((?:configs|tests|benchmarks|\.ci)/[\w./]+)", line):
             assert (ROOT / file).exists(), line
@@ -60,7 +61,7 @@ def test_modules_and_files_of_commands_exist():
 
 def test_flags_of_commands_are_defined():
     for line in shell_lines():
-        command = re.search(r"python -m ((?:evf_sam_jax|convert|data_pipelines)[\w.]*)(.*)", line)
+        command = re.search(rf"python -m ((?:{'|'.join(PACKAGES)})[\w.]*)(.*)", line)
         if command is None:
             continue
         source = "".join(file.read_text() for file in module_sources(command[1]))

@@ -45,7 +45,7 @@ Method = Literal["tiles", "cudnn", "flash"]
 # Scores computed at a time, by backend: 16 MiB of float32 fit the cache that cores share, and their
 # matrix products are large enough; an accelerator only needs its memory bounded.
 TILE_SCORES = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}
-# Of the numbers that a CPU adds at a time, the most.
+# The most float32 numbers that one instruction of a CPU adds, with AVX-512.
 LANES = 16
 # Below this many scores in total, tiles cost more than they save.
 SMALL_SCORES = 2**23
@@ -144,7 +144,7 @@ def _scores(
     allowed: Bool[Array, "q s"] | None,
 ) -> Float32[Array, "b*h q s"]:
     """What softmax is taken of. CPUs multiply heads one after another much faster than interleaved,
-    and add what a mask takes away in passing; to select by it is another pass.
+    and add what padding takes away in passing; to select by it is another pass.
     """
     scores = _products(_by_head(query * scale), _by_head(key))
     lowest = jnp.finfo(jnp.float32).min  # absorbs every score that is added to it
@@ -152,6 +152,7 @@ def _scores(
         added = jnp.where(key_valid, 0.0, lowest)
         scores = scores + jnp.repeat(added, query.shape[2], axis=0)[:, None]
     if allowed is not None:
+        # Selected: `lowest` added twice would be -inf, and NaN in a row without any key.
         scores = jnp.where(allowed[None], scores, lowest)
     return scores
 
