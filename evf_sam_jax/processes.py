@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from evf_sam_jax.errors import UserError
 
@@ -182,6 +184,8 @@ def joined(cluster: Cluster | None, timeout: int) -> Iterator[None]:
     """
     join(cluster, timeout)
     try:
+        if jax.process_count() > 1:
+            _connect()
         yield
     except Exception as error:
         if not jax.distributed.is_initialized():
@@ -196,6 +200,20 @@ def joined(cluster: Cluster | None, timeout: int) -> Iterator[None]:
     finally:
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
+
+
+def _connect() -> None:
+    """Makes the connections of collectives between processes, and among all devices.
+
+    Otherwise the first collective makes them, for which another process must come within half a
+    minute on CPUs, and ten on GPUs. Now all are here; later one of them may have been reading data.
+    """
+    multihost_utils.sync_global_devices("joined")
+    devices = jax.make_mesh((jax.device_count(),), ("device",))
+    ones = jax.make_array_from_process_local_data(
+        NamedSharding(devices, PartitionSpec("device")), np.ones(jax.local_device_count())
+    )
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 
 def text_to_all(text: str) -> str:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 # A command as `evf_sam_jax.main` is one: it joins, then adds and gathers over all devices.
 PROGRAM = """
-import json, os
+import json, os, time
 import jax
 import numpy as np
 from absl import flags
@@ -36,6 +36,8 @@ def main(argv):
         options.coordinator, options.process_count, options.process_index, os.environ
     )
     with processes.joined(cluster, options.join_timeout):
+        if jax.process_index() == 1:
+            time.sleep(float(os.environ.get("SECONDS_LATE", 0)))
         mesh = jax.make_mesh((jax.device_count(),), ("data",))
         rows = np.arange(2.0) + 2 * jax.process_index()  # one for each of the two devices here
         array = jax.make_array_from_process_local_data(
@@ -119,6 +121,14 @@ def test_two_processes_by_flags() -> None:
     second = start(*flag_arguments(port, 2, 1))
     time.sleep(1)
     assert_joined([start(*flag_arguments(port, 2, 0)), second], "flags")
+
+
+@pytest.mark.slow
+def test_one_may_come_later_than_connections_are_waited_for() -> None:
+    port = free_port()
+    late = {"SECONDS_LATE": "35"}
+    both = [start(*flag_arguments(port, 2, index), environ=late) for index in (0, 1)]
+    assert_joined(both, "flags")
 
 
 def slurm_step(index: int, port: int) -> dict[str, str]:
