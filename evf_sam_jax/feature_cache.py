@@ -85,6 +85,8 @@ _WITHOUT_EFFECT = ("remat", "encoder_chunk")
 
 # The segmenter's frame of an image, and height and width of its content.
 Frame = tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]
+# Rows of the mixture that show one picture.
+Rows = tuple[int, ...]
 # An index of the mixture, with the key of the image and its frame, or why it cannot be read.
 Read = tuple[int, bytes, Frame | None, str]
 # Names of what is written to a directory beside its manifest, without their endings.
@@ -115,10 +117,11 @@ def write_features(
     if is_remote(directory):
         raise UserError(f"--workdir: expected a local or mounted directory, found {directory}")
     finished = ends_finished(config)
-    rows = distinct_images(mixture)
+    pictures = distinct_images(mixture)
     mesh = make_mesh(MeshConfig(data=len(jax.local_devices())), jax.local_devices())
     layout = feature_layout(config.model, config.feature_cache.dtype, finished)
-    _say(f"{len(rows):,} images, {layout.record_bytes / 1e6:.3g} MB each: ", len(rows), layout)
+    each = f"{layout.record_bytes / 1e6:.3g} MB each"
+    _say(f"{len(pictures):,} images, {each}: ", len(pictures), layout)
     params = initial_params(
         config,
         dict.fromkeys(_encoder_paths(config), replicated(mesh)),
@@ -128,19 +131,19 @@ def write_features(
     fingerprint = features_fingerprint(config.model, params, finished)
     folder = epath.Path(directory)
     kept = _whole_files(folder, layout, fingerprint)
-    missing = _without_features(folder, kept, mixture, rows)
+    missing = _without_features(folder, kept, mixture, pictures)
     images = int(missing.sum())
     if kept:
         _say(f"{images:,} of them have none there: ", images, layout)
     on_first_process(functools.partial(_make_room, folder, kept, images, layout), folder)
-    todo = [row for row, one in zip(rows, missing, strict=True) if one]
+    todo = [rows for rows, one in zip(pictures, missing, strict=True) if one]
     length = config.feature_cache.images_a_file
     parts = [todo[begin : begin + length] for begin in range(0, len(todo), length)]
     mine = parts[jax.process_index() :: jax.process_count()]
     with jax.set_mesh(mesh), tqdm(total=sum(map(len, mine)), unit="image") as bar:
         encode = _make_encode(config, mesh, params, layout)
         for part in mine:
-            file = _new_name(folder, [f"{row} {mixture.describe(row)}" for row in part])
+            file = _new_name(folder, [f"{row} {mixture.describe(row)}" for row, *_ in part])
             _write(folder, file, fingerprint, part, mixture, encode, layout)
             bar.update(len(part))
     if jax.process_count() > 1:
@@ -265,21 +268,21 @@ def features_fingerprint(config: EvfSamConfig, params: Params, finished: bool) -
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def distinct_images(mixture: Mixture) -> list[int]:
-    """Indices of the mixture, each picture once where sources name it alike."""
-    rows, seen, begin = [], set(), 0
+def distinct_images(mixture: Mixture) -> list[Rows]:
+    """Each picture once where sources name it alike, with all rows of the mixture that show it."""
+    found: dict[object, list[int]] = {}
+    begin = 0
     for source in mixture.sources:
         for row in range(len(source)):
+            name: object = begin + row
             if isinstance(source, IndexedSource):
-                name = source.index.image_id(int(source.images[row]))
-                if name in seen:
-                    continue
+                image_id = source.index.image_id(int(source.images[row]))
                 # One's own pictures are named after their files, and every folder has a 1.jpg.
-                if not name.startswith(OWN):
-                    seen.add(name)
-            rows.append(begin + row)
+                own = image_id.startswith(OWN)
+                name = (begin, image_id) if own else image_id
+            found.setdefault(name, []).append(begin + row)
         begin += len(source)
-    return rows
+    return [tuple(rows) for rows in found.values()]
 
 
 def _conclude(
@@ -380,22 +383,22 @@ def _is_undamaged(folder: epath.Path, shard: Shard) -> bool:
 
 
 def _without_features(
-    folder: epath.Path, files: Sequence[str], mixture: Mixture, rows: Sequence[int]
+    folder: epath.Path, files: Sequence[str], mixture: Mixture, pictures: Sequence[Rows]
 ) -> Bool[np.ndarray, " n"]:
     """Whether each picture has no record in these files, or cannot be read now."""
     if not files:
-        return np.ones(len(rows), bool)
+        return np.ones(len(pictures), bool)
     known = np.sort(np.concatenate([np.load(folder / keys_name(file)) for file in files]))
 
-    def is_missing(row: int) -> bool:
-        image, key, _ = _read(mixture, rows[row])
+    def is_missing(number: int) -> bool:
+        image, key, _ = _read(mixture, pictures[number])
         if image is None:
             return True
         [short] = short_keys([key])
         at = int(np.searchsorted(known, short))
         return at == len(known) or bool(known[at] != short)
 
-    return _shared(is_missing, len(rows), "image")
+    return _shared(is_missing, len(pictures), "image")
 
 
 def _shared(work: Callable[[int], bool], length: int, unit: str) -> Bool[np.ndarray, " n"]:
@@ -425,7 +428,7 @@ def _write(
     folder: epath.Path,
     file: str,
     fingerprint: str,
-    rows: Sequence[int],
+    pictures: Sequence[Rows],
     mixture: Mixture,
     encode: "_Encode",
     layout: Layout,
@@ -433,7 +436,7 @@ def _write(
     keys: list[bytes] = []
 
     def records() -> Iterator[bytes | tuple[int, str]]:
-        for row, key, features in _encoded(rows, mixture, encode):
+        for row, key, features in _encoded(pictures, mixture, encode):
             if isinstance(features, str):
                 yield row, features
             else:
@@ -450,23 +453,23 @@ def _write(
 
 
 def _encoded(
-    rows: Sequence[int],
+    pictures: Sequence[Rows],
     mixture: Mixture,
     encode: "_Encode",
 ) -> Iterator[tuple[int, bytes, Sequence[np.ndarray] | str]]:
-    """Each row with its key and features, or with why it has none; in order.
+    """The first row of each, with its key and features, or with why it has none; in order.
 
     The host reads the next images while the devices compute.
     """
 
-    def read(row: int) -> Read:
-        image, key, reason = _read(mixture, row)
-        return row, key, None if image is None else encode.images.segmenter(image), reason
+    def read(rows: Rows) -> Read:
+        image, key, reason = _read(mixture, rows)
+        return rows[0], key, None if image is None else encode.images.segmenter(image), reason
 
     def groups() -> Iterator[tuple[list[Read], Any]]:
         with ThreadPoolExecutor(_threads()) as pool:
-            for begin in range(0, len(rows), encode.batch_size):
-                group = list(pool.map(read, rows[begin : begin + encode.batch_size]))
+            for begin in range(0, len(pictures), encode.batch_size):
+                group = list(pool.map(read, pictures[begin : begin + encode.batch_size]))
                 frames = [one[2] for one in group if one[2] is not None]
                 yield group, encode(frames) if frames else None
 
@@ -479,13 +482,17 @@ def _encoded(
         yield from _split(*item)
 
 
-def _read(mixture: Mixture, row: int) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bytes, str]:
-    """An image and its key, or why it cannot be read."""
-    try:
-        image = mixture.read(row, ()).image
-    except UserError as error:
-        return None, b"", str(error)
-    return image, image_key(image), ""
+def _read(mixture: Mixture, rows: Rows) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bytes, str]:
+    """The first that can be read of a picture's copies and its key, or why the last cannot be."""
+    reason = ""
+    for row in rows:
+        try:
+            image = mixture.read(row, ()).image
+        except UserError as error:
+            reason = str(error)
+        else:
+            return image, image_key(image), ""
+    return None, b"", reason
 
 
 def _threads() -> int:

@@ -347,9 +347,21 @@ def test_each_picture_is_computed_once(tmp_path: Path):
         tiny.dataset(name).source(tmp_path, split) for name, split in (("a", "train"), ("b", "val"))
     ]
     both = Mixture(tuple(sources), (1.0, 1.0))
-    assert distinct_images(both) == [0, 1, 2, 3]
+    twice = [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert distinct_images(both) == twice
     shapes = mixture(2).sources[0]
-    assert distinct_images(Mixture((shapes, *sources), (1.0, 1.0, 1.0))) == [0, 1, 2, 3, 4, 5]
+    assert distinct_images(Mixture((*sources, shapes), (1.0, 1.0, 1.0))) == [*twice, (8,), (9,)]
+
+
+def test_a_copy_is_taken_where_the_first_cannot_be_read(tmp_path: Path):
+    tiny, sources = TinyDataset(2), []
+    for name in ("a", "b"):
+        tiny.write(tmp_path / name)
+        sources.append(tiny.dataset(name).source(tmp_path / name, "train"))
+    (tmp_path / "a" / "images" / "00001.png").write_bytes(b"no picture")
+    both = Mixture(tuple(sources), (1.0, 1.0))
+    assert write_features(SAM, both, tmp_path / "features").images == 2
+    FeatureStore(tmp_path / "features").read(both.read(3, ()).image)
 
 
 def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tmp_path: Path):
@@ -358,7 +370,7 @@ def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tm
         (tmp_path / name).mkdir()
         write_astronaut(tmp_path / name, "train")
         sources.append(DATASETS[0].source(tmp_path / name, "train"))
-    assert distinct_images(Mixture(tuple(sources), (1.0, 1.0))) == [0, 1]
+    assert distinct_images(Mixture(tuple(sources), (1.0, 1.0))) == [(0,), (1,)]
 
 
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
