@@ -34,7 +34,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, UInt8, UInt32
+from jaxtyping import Array, Bool, UInt8, UInt32, UInt64
 from tqdm import tqdm
 
 from data_pipelines.features import (
@@ -72,7 +72,7 @@ from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models.evf_sam import EvfSamConfig, encode_image, param_shapes
 from evf_sam_jax.models.families import tower_to_dict
 from evf_sam_jax.param_rules import Params
-from evf_sam_jax.processes import on_first_process, text_to_all
+from evf_sam_jax.processes import on_each_process, on_first_process, text_to_all
 from evf_sam_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from evf_sam_jax.stage import cast_when_frozen, never_trained, on_devices
 from evf_sam_jax.training_data import TrainingData, open_data
@@ -89,6 +89,7 @@ Frame = tuple[UInt8[np.ndarray, "s s 3"], tuple[int, int]]
 Rows = tuple[int, ...]
 # An index of the mixture, with the key of the image and its frame, or why it cannot be read.
 Read = tuple[int, bytes, Frame | None, str]
+_SHARE = "do all processes write to the same directory?"
 # Names of what is written to a directory beside its manifest, without their endings.
 _SHARDS = "features-[^.]+"
 
@@ -202,7 +203,7 @@ def check_features(config: ExperimentConfig, data: TrainingData) -> None:
                 f"data.features: expected features of {source.describe(missing[0])}, found none "
                 f"of {len(probed)} images that were looked up in {store.directory}"
             )
-        if missing:
+        if missing and jax.process_index() == 0:
             logging.warning(
                 "data.features: %d of %d images that were looked up have none in %s, such as %s: "
                 "training will leave them out (data.max_skipped)",
@@ -297,8 +298,7 @@ def _conclude(
     shards = _finished(folder, layout, fingerprint)
     if len(shards) < len(kept) + written:
         raise UserError(
-            f"{folder}: expected {len(kept) + written} files, found {len(shards)}; do all "
-            "processes write to the same directory?"
+            f"{folder}: expected {len(kept) + written} files, found {len(shards)}; {_SHARE}"
         )
     manifest = FeatureManifest(fingerprint, layout, tuple(shards.values()))
     write_text(folder / MANIFEST, manifest.to_json())
@@ -314,14 +314,17 @@ def _whole_files(folder: epath.Path, layout: Layout, fingerprint: str) -> list[s
     names = on_first_process(functools.partial(_files, folder, layout, fingerprint), folder)
     files = json.loads(text_to_all(json.dumps(names)))
 
-    def is_whole(row: int) -> bool:
-        shard = finished_shard(folder, files[row], _of_shard(layout, fingerprint))
+    def is_whole(number: int) -> bool:
+        file = folder / files[number]
+        if not file.exists():
+            raise UserError(f"{file}: expected it, as process 0 has it, found nothing; {_SHARE}")
+        shard = finished_shard(folder, file.name, _of_shard(layout, fingerprint))
         if shard is None or not shard.records or not _is_undamaged(folder, shard):
             return False
         write_keys(folder, shard.file, record_keys(folder, shard.file))
         return True
 
-    whole = _shared(is_whole, len(files), "file")
+    whole = _shared(is_whole, len(files), "file", folder)
     for file, one in zip(files, whole, strict=True):
         if not one and jax.process_index() == 0:
             logging.warning("%s is not whole, or empty: its images are computed again", file)
@@ -388,7 +391,7 @@ def _without_features(
     """Whether each picture has no record in these files, or cannot be read now."""
     if not files:
         return np.ones(len(pictures), bool)
-    known = np.sort(np.concatenate([np.load(folder / keys_name(file)) for file in files]))
+    known = on_each_process(functools.partial(_known, folder, files), folder)
 
     def is_missing(number: int) -> bool:
         image, key, _ = _read(mixture, pictures[number])
@@ -398,19 +401,37 @@ def _without_features(
         at = int(np.searchsorted(known, short))
         return at == len(known) or bool(known[at] != short)
 
-    return _shared(is_missing, len(pictures), "image")
+    return _shared(is_missing, len(pictures), "image", folder)
 
 
-def _shared(work: Callable[[int], bool], length: int, unit: str) -> Bool[np.ndarray, " n"]:
+def _known(folder: epath.Path, files: Sequence[str]) -> UInt64[np.ndarray, " m"]:
+    """The keys of all records of these files, ascending."""
+    try:
+        keys = [np.load(folder / keys_name(file)) for file in files]
+    except OSError as error:
+        raise UserError(f"{folder}: expected the keys of records: {error}; {_SHARE}") from None
+    return np.sort(np.concatenate(keys))
+
+
+def _shared(
+    work: Callable[[int], bool], length: int, unit: str, folder: epath.Path
+) -> Bool[np.ndarray, " n"]:
     """What `work` says of each of so many things, which processes and their threads share."""
     mine = range(jax.process_index(), length, jax.process_count())
-    found = np.zeros(length, bool)
-    with (
-        ThreadPoolExecutor(_threads()) as pool,
-        tqdm(pool.map(work, mine), total=len(mine), unit=unit, desc="looked up") as answers,
-    ):
-        for row, answer in zip(mine, answers, strict=True):
-            found[row] = answer
+    silent = jax.process_index() > 0 or not mine
+
+    def look() -> Bool[np.ndarray, " n"]:
+        found = np.zeros(length, bool)
+        with (
+            ThreadPoolExecutor(_threads()) as pool,
+            tqdm(total=len(mine), unit=unit, desc="looked up", disable=silent) as bar,
+        ):
+            for number, answer in zip(mine, pool.map(work, mine), strict=True):
+                found[number] = answer
+                bar.update()
+        return found
+
+    found = on_each_process(look, folder)
     return found if jax.process_count() == 1 else multihost_utils.process_allgather(found).any(0)
 
 
@@ -483,16 +504,16 @@ def _encoded(
 
 
 def _read(mixture: Mixture, rows: Rows) -> tuple[UInt8[np.ndarray, "h w 3"] | None, bytes, str]:
-    """The first that can be read of a picture's copies and its key, or why the last cannot be."""
-    reason = ""
+    """The first that can be read of a picture's copies, with its key, or why none can be."""
+    reasons = []
     for row in rows:
         try:
             image = mixture.read(row, ()).image
         except UserError as error:
-            reason = str(error)
+            reasons.append(str(error))
         else:
             return image, image_key(image), ""
-    return None, b"", reason
+    return None, b"", "; ".join(dict.fromkeys(reasons))
 
 
 def _threads() -> int:

@@ -20,14 +20,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from evf_sam_jax.errors import UserError
 
@@ -209,7 +209,7 @@ def _connect() -> None:
     minute on CPUs, and ten on GPUs. Now all are here; later one of them may have been reading data.
     """
     multihost_utils.sync_global_devices("joined")
-    devices = jax.make_mesh((jax.device_count(),), ("device",))
+    devices = Mesh(np.array(jax.devices()), ("device",))  # of any slices, unlike jax.make_mesh
     ones = jax.make_array_from_process_local_data(
         NamedSharding(devices, PartitionSpec("device")), np.ones(jax.local_device_count())
     )
@@ -238,19 +238,31 @@ def on_first_process(work: Callable[[], T], workdir: os.PathLike[str] | str) -> 
     Raises:
       UserError: `work` raised it, on process 0 as it is.
     """
+    return on_each_process(lambda: work() if jax.process_index() == 0 else None, workdir)
+
+
+def on_each_process(work: Callable[[], T], workdir: os.PathLike[str] | str) -> T:
+    """What each process does of its own; all wait for each other, and stop where one cannot.
+
+    Args:
+      workdir: the run's directory, for the sentence of the others.
+
+    Raises:
+      UserError: `work` raised it, where it did as it is.
+    """
     result, problem = None, ""
-    if jax.process_index() == 0:
-        try:
-            result = work()
-        except UserError as error:
-            problem = str(error)
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
     if jax.process_count() > 1:
-        failed = multihost_utils.broadcast_one_to_all(np.array(bool(problem)))
-        if failed and not problem:
-            problem = f"--workdir {workdir}: process 0 cannot use it and says why"
+        failed = multihost_utils.process_allgather(np.array(bool(problem)))
+        if failed.any() and not problem:
+            index = int(failed.argmax())
+            problem = f"--workdir {workdir}: process {index} cannot use it and says why"
     if problem:
         raise UserError(problem)
-    return result
+    return cast(T, result)
 
 
 def _detect(environ: Mapping[str, str]) -> Cluster | None:

@@ -47,14 +47,17 @@ def make_workdir(
         if found:
             what = "another run" if _CONFIG in found else f"{found[0]!r}"
             raise UserError(f"--workdir {workdir}: expected a new or empty directory, found {what}")
-        text = json.dumps(dataclasses.asdict(config), indent=2)
         (workdir / _DATA).write_text(json.dumps(data or {}, indent=2) + "\n", encoding="utf-8")
-        # The last, and whole: what has it is a run.
-        partial = workdir / (_CONFIG + _PARTIAL)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(workdir / _CONFIG)
+        _write_whole(workdir / _CONFIG, dataclasses.asdict(config))  # the last: it makes it a run
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
+
+
+def _write_whole(path: epath.Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def run_files(workdir: epath.PathLike) -> list[str]:
@@ -129,8 +132,11 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
     for name in sorted({*made_of, *data}):
         if made_of.get(name) == data.get(name):
             continue
-        if name == FEATURE_IMAGES:
-            said.append("features of other images than before")
+        if name == FEATURE_IMAGES and name in data:
+            if name in made_of:  # runs of earlier versions do not know
+                said.append("features of other images than before")
+            made_of[name] = data[name]
+            _write_whole(workdir / _DATA, made_of)
         else:
             raise UserError(
                 f"--workdir {workdir}: expected the data that the run began with, found other in "
@@ -193,6 +199,11 @@ class RunLog:
             self._copy()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that does."""
+        return self._file is not None
 
     def _copy(self) -> None:
         """Brings a bucket up to date."""
@@ -308,7 +319,9 @@ class SkippedLog:
         """
         for index in skipped_id[skipped_id >= 0].tolist():
             self._count += 1
-            name, reason = self._describe(index), self._why(index)
+            name, reason = self._describe(index), ""
+            if self._log.writes or self._count > self._max:
+                reason = self._why(index)
             record = {"stage": self._stage, "step": step, "example": name, "reason": reason}
             self._log.skipped(record)
             if self._count > self._max:

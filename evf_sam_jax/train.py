@@ -147,7 +147,11 @@ def run_stage(
         names = [other.name for other in experiment.stages]
         log.forget_after(names[names.index(name) :], start)
         skipped = SkippedLog(
-            log, name, data.mixture.describe, data.why_unread, experiment.data.max_skipped
+            log,
+            name,
+            data.mixture.describe,
+            functools.partial(data.why_unread, tokenizer),
+            experiment.data.max_skipped,
         )
         check_placement(state, stage.placement)
         _describe(stage, state, start, log)
@@ -242,7 +246,7 @@ def _open_workdir(
     """Makes the run's directory or finds the run in it; all processes come to the same answer.
 
     Returns:
-      What has changed of the mesh since.
+      What has changed since, as `resume_workdir`.
     """
 
     def opened() -> list[str]:

@@ -15,6 +15,7 @@ from data_pipelines.mixture import Mixture, exclude_images
 from data_pipelines.prepared import open_prepared, read_manifest
 from data_pipelines.shapes import ShapesSource
 from data_pipelines.source import IndexedSource, Source
+from data_pipelines.tokenizers import Tokenizer
 from evf_sam_jax.errors import UserError
 from evf_sam_jax.experiment import (
     DatasetConfig,
@@ -56,16 +57,20 @@ class TrainingData:
             found[FEATURE_IMAGES] = self.features.images_fingerprint()
         return found
 
-    def why_unread(self, index: int) -> str:
-        """Why an example of the mixture cannot be trained on; "" if it can, or could by now."""
+    def why_unread(self, tokenizer: Tokenizer, index: int) -> str:
+        """Why an example of the mixture cannot be trained on; "" if it can be by now."""
         try:
-            phrases = range(self.mixture.phrase_count(index))
-            image = self.mixture.read(index, phrases).image
+            image = self.mixture.read(index, ()).image
             if self.features is not None:
                 self.features.read(image)
+            for phrase in range(self.mixture.phrase_count(index)):  # each with its mask alone
+                self.mixture.read(index, (phrase,))
         except UserError as error:
             return str(error)
-        return ""
+        buckets = self.buckets
+        if buckets is None or buckets.fits(self.mixture.entry(index), tokenizer):
+            return ""
+        return f"expected phrases of at most {buckets.text_lengths[-1]} tokens, found a longer one"
 
 
 def batch_spec(

@@ -135,7 +135,9 @@ def test_unreadable_images_are_listed_and_stop_the_run(directories, tmp_path: Pa
     with pytest.raises(UserError, match="at most data.max_skipped = 1 examples that cannot be"):
         train(experiment_from_dict(config.to_dict()), tmp_path / "run")
     listed = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
-    assert len(listed) == 2 and all("broken.png" in line for line in listed)
+    assert len(listed) == 2
+    for line in map(json.loads, listed):
+        assert "broken.png" in line["example"] and "broken.png" in line["reason"]
 
 
 @pytest.mark.parametrize(

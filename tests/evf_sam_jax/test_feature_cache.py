@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from etils import epath
 
 from data_pipelines.batch import Batch
+from data_pipelines.buckets import Buckets
 from data_pipelines.features import FeatureStore, keys_name
 from data_pipelines.mixture import Mixture
 from data_pipelines.own_data import DATASETS
@@ -177,7 +179,7 @@ from tests.evf_sam_jax.test_feature_cache import SAM, mixture, train_on
 
 def main(argv):
     with processes.joined_by_flags():
-        write_features(SAM, mixture(3), argv[1])
+        write_features(SAM, mixture(4), argv[1])  # a file of each process
         write_features(SAM, mixture(), argv[1])  # looks up what is there
         train_on(FeatureStore(argv[1]), 2, Path(argv[2]))
 
@@ -200,7 +202,7 @@ def test_two_processes_write_and_read_what_one_does(sam_features: Path, tmp_path
     assert [process.wait() for process in running] == [0, 0]
     one, two = FeatureStore(sam_features), FeatureStore(together)
     assert two.manifest.fingerprint == one.manifest.fingerprint
-    assert two.manifest.images == one.manifest.images == IMAGES
+    assert sorted(shard.records for shard in two.manifest.shards) == [1, 1, 3]
     for row in range(IMAGES):
         image = mixture().read(row, ()).image
         for found, expected in zip(two.read(image), one.read(image), strict=True):
@@ -362,6 +364,7 @@ def test_a_copy_is_taken_where_the_first_cannot_be_read(tmp_path: Path):
     both = Mixture(tuple(sources), (1.0, 1.0))
     assert write_features(SAM, both, tmp_path / "features").images == 2
     FeatureStore(tmp_path / "features").read(both.read(3, ()).image)
+    assert write_features(SAM, both, tmp_path / "features").images == 2  # looked up alike
 
 
 def test_pictures_of_two_folders_are_two_although_their_files_are_named_alike(tmp_path: Path):
@@ -400,9 +403,15 @@ def test_an_image_without_features_is_skipped_and_counted(
     batches = list(stage.batches(more, TOKENIZER))
     skipped = {int(one) for batch in batches for one in batch.skipped_id if one >= 0}
     assert skipped == {IMAGES, IMAGES + 1}
-    assert "expected features of these pixels, found none" in more.why_unread(IMAGES)
-    assert more.why_unread(0) == ""
+    assert "expected features of these pixels, found none" in more.why_unread(TOKENIZER, IMAGES)
+    assert more.why_unread(TOKENIZER, 0) == ""
     assert not any(np.isin(batch.example_id, list(skipped)).any() for batch in batches)
+
+
+def test_an_example_may_be_left_out_because_of_a_phrase():
+    given = dataclasses.replace(data(), buckets=Buckets((2,)))
+    said = "expected phrases of at most 2 tokens, found a longer one"
+    assert given.why_unread(TOKENIZER, 0) == said
 
 
 def test_features_of_other_images_are_refused(sam_features: Path):
@@ -469,6 +478,12 @@ def test_a_run_goes_on_with_features_of_more_images_and_says_so(sam_features: Pa
     write_features(SAM, mixture(IMAGES + 1), tmp_path / "features")
     now = data(FeatureStore(tmp_path / "features")).fingerprints()
     assert resume_workdir(tmp_path / "run", SAM, now) == ["features of other images than before"]
+    assert resume_workdir(tmp_path / "run", SAM, now) == []  # it is said once
+    file = tmp_path / "run" / "data.json"
+    earlier = json.loads(file.read_text())
+    del earlier["data.features.images"]
+    file.write_text(json.dumps(earlier))
+    assert resume_workdir(tmp_path / "run", SAM, now) == []
 
 
 def test_the_fingerprint_changes_with_all_that_features_depend_on():
