@@ -8,20 +8,19 @@ BEiT-3-L and SAM ViT-H of random weights in float32, on images and phrases of th
 by turns with images and with the features that were computed of them before, both in memory: what
 the host does for a batch is no part of either. Masks are of 128 x 128 pixels. Of BEiT-3's layers
 the backward pass recomputes what is cheap (`remat="dots"`), which on a CPU costs less than to write
-and read it. The update, which both share, is timed apart. Beside the ratio of times is that of
-operations, as `evf_sam_jax.flops` counts them: without what is recomputed.
+and read it. The update, which both share, is timed by `training_loop`. Beside the ratio of times is
+that of operations, as `evf_sam_jax.flops` counts them: without what is recomputed.
 """
 
 import argparse
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from benchmarks import environment
-from benchmarks.alternation import median_and_range, print_comparison
+from benchmarks.alternation import print_comparison
 from configs.refcoco import get_config
 from data_pipelines.assemble import BatchSpec, Slot, assemble
 from data_pipelines.batch import Batch, CachedFeatures
@@ -34,9 +33,8 @@ from evf_sam_jax.flops import step_flops, without_remat
 from evf_sam_jax.initialize import initial_params
 from evf_sam_jax.model_inputs import tower_images
 from evf_sam_jax.models.evf_sam import encode_image, with_dtype
-from evf_sam_jax.optimizer import learning_rate_schedule, make_optimizer
 from evf_sam_jax.train_state import create_state, split_params
-from evf_sam_jax.train_step import make_gradients, make_loss, make_update
+from evf_sam_jax.train_step import make_gradients, make_loss
 
 CANVAS = (128, 128)  # the size of the data set's images
 
@@ -80,7 +78,6 @@ def main() -> None:
     config = experiment(remat=False if options.keep else "dots")
     steps = Steps(config, read_batch(config, options.images, options.phrases))
     compare(steps, options.repeats)
-    print(f"\nupdate, with its norms and AdamW: {median_and_range(update_seconds(steps))} s")
     print(f"\nthe process held {environment.peak_memory()} at most")
 
 
@@ -135,27 +132,6 @@ def compare(steps: Steps, repeats: int) -> None:
         repeats,
         operations={"features read": read, "features computed": computed},
     )
-
-
-def update_seconds(steps: Steps) -> list[float]:
-    """Seconds of updates, the rest of a step; uses up the state of `steps`."""
-    gradients, sums = steps.gradients(steps.state, steps.cached)
-    # What is frozen passes through an update, and would only take memory.
-    trainable = steps.state.trainable
-    steps.state = create_state({}, {}, optax.identity())
-    settings = steps.stage.optimizer
-    optimizer = make_optimizer(settings, 100, trainable)
-    rate = learning_rate_schedule(settings, 100)
-    update = jax.jit(make_update(optimizer, rate), donate_argnums=0)
-    state = create_state(trainable, {}, optimizer)
-    del trainable
-    seconds = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        state, metrics = jax.block_until_ready(update(state, gradients, sums))
-        seconds.append(time.perf_counter() - begin)
-        assert jnp.isfinite(metrics.grad_norm)
-    return seconds[1:]  # the first compiles
 
 
 if __name__ == "__main__":
