@@ -160,7 +160,8 @@ def calls_of_steps(model: EvaluatedModel, step: OnDevice, number: int) -> None:
 
 def whole_job(model: EvaluatedModel, one: EvaluationSet, batch_size: int, workdir: Path) -> None:
     """All that the job does with a model and a set; what it prints is not shown."""
-    config = EvaluationJob("random", "made/val", batch_size=batch_size, phrases=PHRASES)
+    # The split has to be a known one; the sets that are evaluated are given.
+    config = EvaluationJob("random", "shapes/val", batch_size=batch_size, phrases=PHRASES)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate_sets(config, [one], model, workdir)
 
