@@ -135,13 +135,16 @@ def resume_workdir(workdir: epath.PathLike, config: Any, data: Mapping[str, str]
         if name == FEATURE_IMAGES and name in data:
             if name in made_of:  # runs of earlier versions do not know
                 said.append("features of other images than before")
-            made_of[name] = data[name]
-            _write_whole(workdir / _DATA, made_of)
         else:
             raise UserError(
                 f"--workdir {workdir}: expected the data that the run began with, found other in "
                 f"{name}"
             )
+    if made_of != data:  # what features there are now; a run that is refused stays as it is
+        try:
+            _write_whole(workdir / _DATA, data)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from None
     return said
 
 

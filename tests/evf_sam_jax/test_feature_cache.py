@@ -477,9 +477,12 @@ def test_a_run_goes_on_with_features_of_more_images_and_says_so(sam_features: Pa
     assert resume_workdir(tmp_path / "run", SAM, before) == []
     write_features(SAM, mixture(IMAGES + 1), tmp_path / "features")
     now = data(FeatureStore(tmp_path / "features")).fingerprints()
+    file = tmp_path / "run" / "data.json"
+    with pytest.raises(UserError, match="found other in data.held_out"):
+        resume_workdir(tmp_path / "run", SAM, now | {"data.held_out": "another"})
+    assert json.loads(file.read_text()) == before  # what is refused changes nothing
     assert resume_workdir(tmp_path / "run", SAM, now) == ["features of other images than before"]
     assert resume_workdir(tmp_path / "run", SAM, now) == []  # it is said once
-    file = tmp_path / "run" / "data.json"
     earlier = json.loads(file.read_text())
     del earlier["data.features.images"]
     file.write_text(json.dumps(earlier))
